@@ -77,15 +77,17 @@ def _wide(x: Tensor) -> Tensor:
 
 def _batch(value: Time, x: Tensor, name: str) -> Tensor:
     """A time, float or tensor, -> (B,) tensor beside x. ValueError unless it lies in [0, 1]."""
+    low, high = -EPS, 1 + EPS  # rounding is forgiven
     if not isinstance(value, Tensor):
-        _require(0 <= value <= 1, f"{name} = {value}: must lie in [0, 1]")
-        return torch.full((len(x),), float(value), dtype=_wide(x).dtype, device=x.device)
+        _require(low <= value <= high, f"{name} = {value}: must lie in [0, 1]")
+        value = min(max(float(value), 0.0), 1.0)
+        return torch.full((len(x),), value, dtype=_wide(x).dtype, device=x.device)
     fits = value.ndim == 0 or value.shape == (len(x),)
     _require(fits, f"{name} has shape {tuple(value.shape)}: must be a float or ({len(x)},)")
     if _readable(value):
-        inside = bool(((value >= 0) & (value <= 1)).all())
+        inside = bool(((value >= low) & (value <= high)).all())
         _require(inside, f"{name} = {value.tolist()}: must lie in [0, 1]")
-    return value.to(x.device, _wide(x).dtype).expand(len(x))
+    return value.to(x.device, _wide(x).dtype).clamp(0, 1).expand(len(x))
 
 
 def _readable(x: Tensor) -> bool:
@@ -191,7 +193,7 @@ class GMFlowPolicy:
 
         x_flat_c = x_flat - self._center
         rest = self._query_src - self._zeta_src * x_flat_c - alpha / t * x_flat
-        return ((x_flat_c - mean + self._var * rest) / (d * t)).view(x.shape)
+        return ((x_flat_c - mean + self._var * rest) / (d * t)).reshape(x.shape)
 
     def detach(self) -> "GMFlowPolicy":
         """The same policy without a gradient."""
