@@ -2,18 +2,26 @@
 and on every value that the host would have to read.
 
 PyTorch's own backward engine wants a real device, so `backward` calls the backward formula of every
-graph node itself. A PyTorch that was built without CUDA cannot even record such a graph: use
-`needs_cuda_build` for tests with gradients.
+graph node itself. A PyTorch that is built without CUDA, or an older one without a driver, cannot
+index a tensor of a fake GPU: there `needs_fake_cuda` skips.
 """
 
 from collections import defaultdict
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-needs_cuda_build = pytest.mark.skipif(
-    not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA"
-)
+
+def _works() -> bool:
+    try:
+        with FakeTensorMode():
+            return torch.ones(2, device="cuda")[:1].device.type == "cuda"
+    except RuntimeError:
+        return False
+
+
+needs_fake_cuda = pytest.mark.skipif(not _works(), reason="this PyTorch cannot fake a GPU here")
 
 
 def backward(loss: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:

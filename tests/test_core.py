@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import backward, needs_cuda_build
+from fake_cuda import backward, needs_fake_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -828,7 +828,7 @@ def fake_cuda_mixture(spatial, grad=False):
     )
 
 
-@needs_cuda_build
+@needs_fake_cuda
 @pytest.mark.parametrize("spatial", [(), (4, 5)])
 @pytest.mark.parametrize("kind, options", [
     *[(kind, options) for kind in ("gmflow", "dx", "polynomial") for options in (
@@ -863,6 +863,7 @@ def test_the_fake_backward_is_autograd():
         assert torch.allclose(ours[part], gradient)
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("h, temperature, f", [(0.0, 1.0, 1.0), (1.0, 0.5, 0.5)])
 def test_sampler_and_both_algorithms_on_a_fake_gpu(h, temperature, f):
     def student(x, t):

@@ -1,0 +1,185 @@
+"""The static toy on Qwen-Image: teacher, prompts and program, on small random models.
+
+The policy, its training and its figures are those of static_toy.py, tested in test_toy_dit.py.
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs requirements-extra.txt (diffusers)")
+pytest.importorskip("transformers", reason="needs requirements-extra.txt (transformers)")
+
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import diffusers_models as dm  # noqa: E402
+import toy_qwen  # noqa: E402
+from toy_qwen import QWEN, encode, guided_qwen, load_prompts, main, parse_arguments  # noqa: E402
+
+PROMPTS = ["a blue jay on a branch", " "]
+SHORT = ["--device", "cpu", "--height", "64", "--width", "48", "--iters", "2", "--substeps", "16",
+         "--teacher-steps", "16", "--every", "0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return dm.tiny_pipeline(QWEN)
+
+
+@pytest.fixture(scope="module")
+def encoded(pipe):
+    return encode(pipe, PROMPTS)
+
+
+def test_defaults_are_the_published_settings():
+    args, settings = parse_arguments([])
+    published = {"policy": "gmflow", "components": 32, "iters": 5000, "lr": 5e-3}
+    published |= {"intermediates": 2, "substeps": 128, "seed": 42}
+    assert published.items() <= dataclasses.asdict(settings).items()
+    assert (args.guidance, args.width, args.height, toy_qwen.SHIFT) == (4.0, 1360, 768, 3.2)
+    assert QWEN.repo == "Qwen/Qwen-Image"
+
+
+def test_prompts_of_different_lengths_stack_with_a_mask():
+    long, short = torch.randn(1, 7, 24), torch.randn(1, 4, 24)
+    both = dm.Conditions.stack([dm.Conditions(short), dm.Conditions(long)])
+    assert torch.equal(both.embeds[1], long[0]) and torch.equal(both.embeds[0, :4], short[0])
+    assert both.mask.tolist() == [[True] * 4 + [False] * 3, [True] * 7]
+    assert dm.Conditions.stack([dm.Conditions(long), dm.Conditions(long)]).mask is None
+
+
+@pytest.mark.parametrize("one_branch", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_teacher_is_the_guided_transformer_of_diffusers(pipe, encoded, one_branch, batch):
+    """u_uncond + s (u_cond - u_uncond), each branch by a direct call with its own, unpadded text."""
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(batch, 4, 8, 6, generator=generator), torch.tensor([0.9, 0.3])[:batch]
+    assert encoded[0].embeds.shape[1] != encoded[1].embeds.shape[1]
+    branches = []
+    for part in encoded:
+        tokens = pipe.transformer(
+            hidden_states=pipe._pack_latents(x, batch, 4, 8, 6), timestep=t,
+            encoder_hidden_states=part.embeds.expand(batch, -1, -1),
+            img_shapes=[[(1, 4, 3)]] * batch, return_dict=False,
+        )[0]  # fmt: skip
+        branches.append(pipe._unpack_latents(tokens, 64, 48, 8)[:, :, 0])
+    cond, uncond = branches
+    assert (cond - uncond).abs().max() > 1e-3
+    for scale in (4.0, 1.0):
+        u = guided_qwen(pipe, encoded, scale, one_branch)(x, t)
+        torch.testing.assert_close(u, uncond + scale * (cond - uncond), atol=2e-5, rtol=0)
+
+
+def test_one_branch_at_a_time_calls_with_one_sample(pipe, encoded):
+    sizes = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["timestep"])), with_kwargs=True
+    )
+    x, t = torch.randn(1, 4, 8, 6), torch.ones(1)
+    for scale, one_branch, expected in ((4, False, [2]), (4, True, [1, 1]), (1, False, [1])):
+        sizes.clear()
+        guided_qwen(pipe, encoded, scale, one_branch)(x, t)
+        assert sizes == expected
+    handle.remove()
+
+
+def test_prompt_cache(tmp_path, encoded):
+    path = tmp_path / "prompts.safetensors"
+    toy_qwen.save_prompts(path, PROMPTS, encoded)
+    for part, read in zip(encoded, load_prompts(path, PROMPTS), strict=True):
+        assert torch.equal(part.embeds, read.embeds)
+    with pytest.raises(ValueError, match="is for the prompts"):
+        load_prompts(path, ["another", " "])
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_prompts(path, PROMPTS)
+
+
+def test_program_end_to_end(tmp_path, capsys):
+    main(["--tiny", *SHORT, "--out", str(tmp_path)])
+    assert "checks the code path" in capsys.readouterr().out
+    assert Image.open(tmp_path / "toy.png").size[0] > 800
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["settings"]["shift"] == 3.2 and metrics["size"] == [48, 64]
+    assert len(metrics["trajectory_rmse"]) == 17 and metrics["trajectory_rmse"][0] == 0
+    assert math.isfinite(metrics["endpoint_psnr_db"])
+
+
+def test_text_encoder_is_needed_once_and_gone_before_the_transformer(tmp_path, monkeypatch, capsys):
+    """The program on a base in a folder; the cache gives the same numbers without text encoder."""
+    dm.tiny_pipeline(QWEN).save_pretrained(tmp_path / "base")
+    loads, load_base = [], dm.load_base
+
+    def watched(family, base, dtype, quantize, without):
+        loads.append(without)
+        return load_base(family, base, dtype, quantize, without)
+
+    monkeypatch.setattr(dm, "load_base", watched)
+    cache = str(tmp_path / "prompts.safetensors")
+    metrics = []
+    for out in ("first", "second"):
+        main([*SHORT, "--base", str(tmp_path / "base"), "--prompt-cache", cache,
+              "--out", str(tmp_path / out)])  # fmt: skip
+        metrics.append(json.loads((tmp_path / out / "metrics.json").read_text()))
+    vision = ("transformer", "vae"), ("text_encoder", "tokenizer")
+    assert loads == [vision[0], vision[1], vision[1]]
+    output = capsys.readouterr().out
+    assert output.count("text encoder: memory") == 1 and output.count("transformer: memory") == 2
+    assert np.allclose(metrics[0]["trajectory_rmse"], metrics[1]["trajectory_rmse"], atol=1e-6)
+    assert load_file(cache)["0"].dtype == torch.bfloat16
+
+
+def test_estimate_before_loading(tmp_path, monkeypatch):
+    """Too little GPU memory: an error with the options that help, and nothing is loaded."""
+    counts = {"transformer": (20_000_000_000, 10**8), "text_encoder": (8_000_000_000, 10**8)}
+    counts["vae"] = (10**8, 10**7)
+    monkeypatch.setattr(dm, "empty_components", lambda *args: None)
+    monkeypatch.setattr(dm, "count_parameters", lambda modules: dict(counts))
+    monkeypatch.setattr(dm, "load_base", lambda *args: pytest.fail("loads the base"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
+    args, settings = parse_arguments(["--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="not enough GPU memory.*--quantize nf4") as error:
+        toy_qwen.load_teacher(args, settings, torch.device("cuda"))
+    assert "--offload model" not in str(error.value)  # not an option of this program
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "70"], "--height is 70"),
+        (["--width", "0"], "--width is 0"),
+        (["--guidance", "-1"], "--guidance is -1"),
+        (["--guidance", "nan"], "--guidance is nan"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--components", "0"], "--components is 0"),
+        (["--policy", "gaussian"], "--policy is 'gaussian'"),
+        (["--offload", "group"], "needs a GPU"),
+        (["--quantize", "int8"], "leave out --base and --quantize"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        main(["--tiny", "--device", "cpu", *arguments, "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_tiny_run_comes_close_to_its_teacher(tmp_path):
+    """The default tiny run: the policy ends nearer to the teacher than one that is not trained."""
+    main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "long")])
+    main(["--tiny", "--device", "cpu", "--iters", "1", "--out", str(tmp_path / "short")])
+    ends = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("long", "short")]
+    assert ends[0]["endpoint_rmse"] < 0.8 * ends[1]["endpoint_rmse"]
+
+
+def test_cache_of_another_layout_is_refused(tmp_path):
+    save_file({"0": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is for the prompts"):
+        load_prompts(tmp_path / "other.safetensors", PROMPTS)
