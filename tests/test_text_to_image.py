@@ -367,7 +367,8 @@ def test_policy_settings():
     bare = read("dxqwen")._replace(policy=None)
     assert policy_of(bare, {"segment_size": 0.5, "shift": 2}).segment_size == 0.5
     assert policy_of(bare, None, {"segment_size": 0.25, "shift": 2}).segment_size == 0.25
-    assert policy_of(read("dxqwen"), {"segment_size": 0.5}, {"segment_size": 0.25}).shift == 3.2
+    spec = policy_of(read("dxqwen"), {"segment_size": 0.5}, {"segment_size": 0.25, "shift": 1})
+    assert (spec.segment_size, spec.shift) == (0.5, 3.2)
 
 
 @pytest.mark.parametrize(
@@ -398,14 +399,23 @@ def test_unreadable_adapters(tmp_path, edited):
         read_adapter(str(tmp_path / "nowhere"))
     with pytest.raises(OSError, match="there is no config.json"):
         read_adapter(str(tmp_path))
-    with pytest.raises(ValueError, match="is not JSON"):
-        read_adapter(str(edited("dxqwen", metadata={"policy_config": "{shift"})))
+    for text in ("{shift", "[3.2]"):
+        with pytest.raises(ValueError, match="policy_config is not a JSON object"):
+            read_adapter(str(edited("dxqwen", metadata={"policy_config": text})))
+    folder = edited("dxqwen")
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_adapter(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not a JSON object"):
+        read_adapter(str(folder))
 
 
 def test_style_loras_are_added(tmp_path):
     """A LoRA of the base model in diffusers' format is the same as changing the weights."""
-    down, up = torch.randn(2, 24), torch.randn(24, 2)
-    name = "transformer.transformer_blocks.0.attn.to_q"
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 96, generator=generator), torch.randn(24, 2, generator=generator)
+    name = "transformer.transformer_blocks.0.ff.net.2"
     tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     save_file(tensors, tmp_path / "style.safetensors")
     style = str(tmp_path / "style.safetensors")
@@ -415,13 +425,14 @@ def test_style_loras_are_added(tmp_path):
     before = plain("a jay", **SIZE, output="latent").latents
     after = styled("a jay", **SIZE, output="latent").latents
     assert not torch.allclose(before, after, atol=1e-2)
-    layer = plain.pipe.transformer.transformer_blocks[0].attn.to_q  # has the adapter's LoRA
+    layer = plain.pipe.transformer.transformer_blocks[0].ff.net[2]  # has the adapter's LoRA
     layer.base_layer.weight.data += 0.3 * up @ down
     close(plain("a jay", **SIZE, output="latent").latents, after, 1e-4)
 
     tensors = {
-        key.replace("transformer_blocks.0.attn.to_q", "proj_out"): v for key, v in tensors.items()
+        key.replace("transformer_blocks.0.ff.net.2", "proj_out"): v for key, v in tensors.items()
     }
+    tensors["transformer.proj_out.lora_A.weight"] = torch.randn(2, 24)
     tensors["transformer.proj_out.lora_B.weight"] = torch.randn(16, 2)
     save_file(tensors, tmp_path / "style.safetensors")
     with pytest.warns(UserWarning, match="output layer"):
@@ -664,22 +675,30 @@ def test_an_unfit_adapter_is_refused_before_weights_are_loaded(tmp_path, monkeyp
         load("gm-flux", **options, adapter=str(DATA / "gmqwen" / "adapter"))
 
 
-def test_quantised_base(tmp_path):
+@pytest.mark.parametrize(("model", "case"), [("gm-qwen", "gmqwen"), ("dx-flux", "dxflux")])
+def test_quantised_base(model, case, tmp_path):
+    """All linear layers but the output are quantised; the LoRA works beside them."""
     pytest.importorskip("torchao", reason="needs torchao (optional)")
-    dm.tiny_pipeline(dm.FAMILIES["qwen"]).save_pretrained(tmp_path / "base")
-    adapter = str(DATA / "gmqwen" / "adapter")
-    options = {"adapter": adapter, "base": str(tmp_path / "base"), "device": "cpu"}
-    full, quantised = (load("gm-qwen", **options, quantize=q) for q in ("none", "int8"))
-    weight = quantised.pipe.transformer.transformer_blocks[0].img_mlp.net[2].base_layer.weight
-    assert type(weight).__name__ != "Parameter"
-    assert type(quantised.pipe.transformer.norm_out.linear.weight) is torch.nn.Parameter
+    dm.tiny_pipeline(dm.FAMILIES[CASES[case]]).save_pretrained(tmp_path / "base")
+    options = {"adapter": str(DATA / case / "adapter"), "base": str(tmp_path / "base")}
+    full, quantised = (load(model, **options, device="cpu", quantize=q) for q in ("none", "int8"))
+    layers = {
+        name: type(getattr(layer, "base_layer", layer).weight).__name__
+        for name, layer in quantised.pipe.transformer.named_modules()
+        if isinstance(getattr(layer, "base_layer", layer), torch.nn.Linear) and "lora_" not in name
+    }
+    plain = {name for name, kind in layers.items() if kind == "Parameter"}
+    assert all(name.startswith(("norm_out.", "proj_out")) or "base_layer" in name for name in plain)
+    assert len(layers) - len(plain) > 30
     a, b = (generate("a jay", **SIZE, output="latent").latents for generate in (full, quantised))
     assert 0 < (a - b).square().mean() < 0.05
 
 
-def test_group_offloading_gives_the_same():
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offloading_gives_the_same(offload):
+    """From the CPU to the CPU: the hooks of diffusers run, with our head among the layers."""
     plain, offloaded = (load("gm-flux", tiny=True, device="cpu") for _ in range(2))
-    dm.place(offloaded.pipe, torch.device("cpu"), "group")
+    dm.place(offloaded.pipe, torch.device("cpu"), offload)
     close(offloaded("a jay", **SIZE).latents, plain("a jay", **SIZE).latents, 0)
 
 
@@ -770,6 +789,9 @@ def test_load_refuses(monkeypatch):
         )
         with pytest.raises(ImportError, match=f"{package}.*pip install"):
             load("gm-qwen", tiny=True, device="cpu")
+    monkeypatch.setattr(dm.importlib.util, "find_spec", lambda name: name != "gradio" or None)
+    with pytest.raises(ImportError, match="gradio.*pip install"):
+        main(["--ui", "--tiny"])
 
 
 # ------------------------------------------------------------------------------------------------

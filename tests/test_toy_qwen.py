@@ -56,7 +56,7 @@ def test_prompts_of_different_lengths_stack_with_a_mask():
 @pytest.mark.parametrize("one_branch", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_teacher_is_the_guided_transformer_of_diffusers(pipe, encoded, one_branch, batch):
-    """u_uncond + s (u_cond - u_uncond), each branch by a direct call with its own, unpadded text."""
+    """u_uncond + s (u_cond - u_uncond), each branch by a direct call with its unpadded text."""
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(batch, 4, 8, 6, generator=generator), torch.tensor([0.9, 0.3])[:batch]
     assert encoded[0].embeds.shape[1] != encoded[1].embeds.shape[1]
