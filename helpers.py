@@ -55,9 +55,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
-    os.chmod(temporary, 0o644)
     try:
         yield Path(temporary)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -76,3 +76,16 @@ def save_figure(figure, path: str | Path, dpi: int = 110) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
     plt.close(figure)
+
+
+def sliders(draw: Callable, **ranges) -> None:
+    """In a notebook: sliders that call draw(**values). Without ipywidgets, a line that says so.
+
+    ranges: as `ipywidgets.interact` takes them, (low, high, step) or a list of choices.
+    """
+    try:
+        from ipywidgets import interact
+    except ImportError:
+        print("No sliders here (pip install ipywidgets); the figure above shows some positions.")
+        return
+    interact(draw, **ranges)

@@ -297,7 +297,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
     key = "transformer_blocks.1.ff.net.2.weight"
     Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
     Path("text.pth").write_text("no checkpoint")
-    Path("evil.pth").write_bytes(pickle.dumps({"state_dict": Malice()}))
+    Path("evil.pth").write_bytes(pickle.dumps({"state_dict": Malice()}, protocol=2))
     torch.save({"state_dict": {"weight": 3}}, "numbers.pth")
     save_file({"decoder.weight": torch.zeros(2)}, "other.safetensors")
     save_file({k: v for k, v in state.items() if k != key}, "missing.safetensors")
