@@ -157,7 +157,8 @@ def train_teacher(args: argparse.Namespace, latents: Tensor, labels: Tensor) -> 
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         beta = (1 - 1 / (step + 1)) ** (1 + EMA_GAMMA)
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
         losses.append(loss.detach())
 
         if (step + 1) % args.every == 0 or step + 1 == args.iters:

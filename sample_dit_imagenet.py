@@ -1,0 +1,423 @@
+"""Samples a DiT student or teacher, and measures it: FID, IS, precision, recall, endpoint error.
+
+    python sample_dit_imagenet.py outputs/tiny                # a run of distill_dit_imagenet.py
+    python sample_dit_imagenet.py tiny --nfe 8                # the teacher, 8 Euler steps
+    torchrun --nproc-per-node 8 sample_dit_imagenet.py MODEL --count 50000 --npz \\
+        --reference VIRTUAL_imagenet256_labeled.npz           # FID of 50,000 images
+
+MODEL is the folder of a run, a checkpoint file, owner/repository/path on the Hugging Face Hub
+(Lakonik/pi-Flow-ImageNet/STUDENT/diffusion_pytorch_model.safetensors), or a teacher: tiny, repa,
+fm. Image i depends on --seed + i alone (its noise) and on i (its class, in turn), whatever --batch
+and the number of processes. Finished batches are kept: run the same command again to go on.
+
+Metrics. The tiny model is judged by the feature network in assets/: a Frechet distance, and how
+many images are recognised. For ImageNet this reads --reference, the .npz of the ADM evaluation
+suite or a folder of images, and needs torch-fidelity: its Inception network carries the original
+TensorFlow weights and resizes as TensorFlow did, so that its FID is the one that papers report; the
+FID of torchmetrics is built upon it. Precision and recall are those of ADM: Inception features, the
+3 nearest neighbours. --npz writes the images as the ADM suite itself reads them.
+
+In --out: samples.png, metrics.json, with --npz samples.npz (uint8 NHWC in arr_0), and parts/.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fashion
+import runs
+from dit import DiT, dit_student, guided_teacher, load_dit
+from helpers import run_cli, write_json
+from piflow_minimal import sample
+
+# ---------------------------------------------------------------------------------------------
+# What is sampled
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the images; kept in --out, so that a continued run is the same run."""
+
+    model: str
+    nfe: int
+    trained_nfe: int
+    guidance: float
+    interval: tuple[float, float]
+    substeps: int
+    solver: str
+    bf16: bool
+    seed: int
+    classes: tuple[int, ...]  # empty: all, in turn
+    batch: int  # images of a part
+    teacher: str
+    teacher_steps: int
+    pairs: int
+
+
+def open_model(name: str, num_heads: int, time_scale: float, device) -> DiT:
+    """A run's student (local or remote), a file, a Hub path, or a teacher by its short name."""
+    path, own_scale = runs.TEACHERS.get(name, (name, 0.0))
+    if run_settings(name):
+        path = runs.join(name, "student.safetensors")
+    with runs.reading(path) as local:
+        source = local if runs.is_remote(path) else path
+        net = load_dit(source, num_heads or None, time_scale or own_scale or None, device=device)
+    return net.requires_grad_(False)
+
+
+def run_settings(name: str) -> dict:
+    """config.json of a run of distill_dit_imagenet.py; empty if `name` is something else."""
+    if name in runs.TEACHERS or not (runs.is_remote(name) or Path(name).is_dir()):
+        return {}
+    text = runs.read_text(runs.join(name, "config.json"))
+    if text is None:
+        raise FileNotFoundError(f"{name} is not the folder of a run: it has no config.json")
+    return json.loads(text)
+
+
+def sampler(net: DiT, settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
+    """-> (noise (B, C, H, W), labels (B,)) -> x_0, by `nfe` network evaluations.
+
+    A guided step of a teacher counts as one, though it is two evaluations of its network.
+    """
+    runner = runs.Runner(net, net.config, settings.bf16)
+
+    def teach(noise: Tensor, labels: Tensor) -> Tensor:
+        teacher = guided_teacher(runner, labels, settings.guidance, settings.interval)
+        return runs.follow_teacher(teacher, noise, settings.nfe)
+
+    def study(noise: Tensor, labels: Tensor) -> Tensor:
+        student = dit_student(runner, labels, 1 / settings.trained_nfe)
+        steps = {"total_substeps": settings.substeps, "solver": settings.solver}
+        return sample(student, noise, settings.nfe, **steps)
+
+    return teach if net.config.head == "velocity" else study
+
+
+def noise_of(seed: int, numbers: range, net: DiT) -> Tensor:
+    """Noise of the images with these numbers, each from its own seed. -> (n, C, H, W), CPU."""
+    generator, size = torch.Generator(), net.config.latent_size
+    shape = (net.config.channels, size, size)
+    seeds = ((seed + i) % 2**32 for i in numbers)
+    return torch.stack([torch.randn(shape, generator=generator.manual_seed(s)) for s in seeds])
+
+
+def labels_of(settings: Settings, numbers: range, net: DiT) -> Tensor:
+    """Classes of the images with these numbers: the given ones, or all, in turn."""
+    classes = torch.tensor(settings.classes or range(net.config.num_classes))
+    return classes[torch.tensor(numbers) % len(classes)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling, part by part
+# ---------------------------------------------------------------------------------------------
+
+
+def sample_parts(
+    settings: Settings, count: int, net: DiT, teacher: DiT | None, folder: Path, place: tuple
+) -> None:
+    """Writes parts/ that are not there yet; `place` is (rank, number of processes, device)."""
+    rank, world, device = place
+    follow, decode = sampler(net, settings), runs.load_decoder(net.config.num_classes, device)
+    follow_teacher = None
+    if teacher:
+        steps = dataclasses.replace(settings, nfe=settings.teacher_steps)
+        follow_teacher = sampler(teacher, steps)
+    parts = [range(i, min(i + settings.batch, count)) for i in range(0, count, settings.batch)]
+    missing = [numbers for numbers in parts[rank::world] if not is_whole(folder, numbers)]
+    for numbers in tqdm(missing, disable=None if rank == 0 else True):
+        noise = noise_of(settings.seed, numbers, net).to(device)
+        labels = labels_of(settings, numbers, net).to(device)
+        began = time.perf_counter()
+        x_0 = follow(noise, labels)
+        pixels = runs.to_pixels(decode(x_0))  # on the CPU: the device is done
+        part = {"images": pixels.numpy(), "seconds": time.perf_counter() - began}
+        paired = max(0, min(settings.pairs - numbers.start, len(noise)))
+        if follow_teacher and paired:
+            target = follow_teacher(noise[:paired], labels[:paired])
+            part["teacher"] = runs.to_pixels(decode(target)).numpy()
+            error = (x_0[:paired] - target).square().flatten(1).mean(1)
+            part["error"] = error.cpu().numpy()
+        with runs.writing(part_file(folder, numbers.start)) as path, path.open("wb") as file:
+            np.savez(file, **part)
+
+
+def part_file(folder: Path, start: int) -> Path:
+    return folder / f"part_{start:08d}.npz"
+
+
+def is_whole(folder: Path, numbers: range) -> bool:
+    """Whether the part with these images is there, can be read, and has all of them."""
+    try:
+        with np.load(part_file(folder, numbers.start)) as part:
+            return len([part[name] for name in part.files]) and len(part["images"]) == len(numbers)
+    except (FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def gather(folder: Path, count: int, batch: int, target: Path) -> tuple[np.ndarray, dict]:
+    """All images, memory-mapped at `target`, and what else is known of them."""
+    images, errors, teacher, seconds = None, [], [], []
+    for start in range(0, count, batch):
+        with np.load(part_file(folder, start)) as part:
+            pixels = part["images"]
+            if images is None:
+                shape = (count, *pixels.shape[1:])
+                images = np.lib.format.open_memmap(target, "w+", np.uint8, shape)
+            images[start : start + len(pixels)] = pixels
+            seconds.append(float(part["seconds"]) / len(pixels))
+            if "error" in part:
+                errors.append(part["error"])
+                teacher.append(part["teacher"])
+    known = {"seconds_per_image": float(np.median(seconds))}
+    if errors:
+        known["endpoint_rmse"] = float(np.sqrt(np.concatenate(errors).mean()))
+        known["teacher_images"] = np.concatenate(teacher)
+    return images, known
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------
+
+
+def tiny_metrics(images: np.ndarray, labels: Tensor) -> dict:
+    """Of images uint8 (n, 28, 28, 1), n > 64."""
+    features = fashion.load_features()
+    values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    return {
+        "frechet_distance": fashion.frechet_distance(values, features),
+        "recognition_rate": fashion.recognition_rate(values, labels, features),
+    }
+
+
+def load_inception(weights: str, device: torch.device) -> Callable[[Tensor], tuple]:
+    """uint8 images (B, 3, H, W) -> (features (B, 2048), logits (B, 1008))."""
+    try:
+        from torch_fidelity import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ImportError("--reference needs: pip install torch-fidelity") from error
+    if weights:
+        torch.load(weights, weights_only=True)  # refuses what is more than tensors
+    names = ["2048", "logits_unbiased"]
+    return FeatureExtractorInceptionV3("inception", names, weights or None).to(device)
+
+
+@torch.no_grad()
+def inception_features(net: Callable, images: np.ndarray, device, batch: int = 64):
+    """uint8 (n, H, W, 3) -> features (n, 2048), logits (n, 1008), on the CPU."""
+    parts = []
+    for start in tqdm(range(0, len(images), batch), desc="Inception", disable=None):
+        pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + batch]))
+        parts.append([value.cpu() for value in net(pixels.permute(0, 3, 1, 2).to(device))])
+    return (torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def read_reference(path: str) -> tuple[np.ndarray | None, dict]:
+    """Images and, where the file has them, mean `mu` and covariance `sigma` of their features.
+
+    Raises: ValueError if there is neither.
+    """
+    if Path(path).is_dir():
+        from PIL import Image
+
+        kinds = {".png", ".jpg", ".jpeg", ".JPEG", ".webp"}
+        files = sorted(file for file in Path(path).rglob("*") if file.suffix in kinds)
+        if not files:
+            raise ValueError(f"--reference {path} is a folder without images")
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]), {}
+    with np.load(path) as file:  # allow_pickle stays off
+        images = file["arr_0"] if "arr_0" in file else None
+        statistics = {key: file[key].astype(np.float64) for key in ("mu", "sigma") if key in file}
+    if images is None and len(statistics) < 2:
+        raise ValueError(f"--reference {path} has neither images (arr_0) nor mu and sigma")
+    return images, statistics
+
+
+def imagenet_metrics(images: np.ndarray, reference: str, weights: str, device) -> dict:
+    """FID and Inception Score; precision and recall if the reference has images."""
+    net = load_inception(weights, device)
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real_images, known = read_reference(reference)
+    features, logits = inception_features(net, images, device)
+    real = None if real_images is None else next(inception_features(net, real_images, device))
+    if len(known) < 2:
+        known = {"mu": real.double().mean(0), "sigma": real.double().T.cov()}
+    mean, covariance = (torch.as_tensor(known[key]) for key in ("mu", "sigma"))
+    ours = features.double()
+    metrics = {
+        "fid": fashion.gaussian_distance(ours.mean(0), ours.T.cov(), mean, covariance),
+        "inception_score": isc_features_to_metric(logits)["inception_score_mean"],
+    }
+    if real is not None:
+        options = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": True}
+        found = prc_features_to_metric(features, real, verbose=False, **options)
+        metrics |= {key: found[key] for key in ("precision", "recall")}
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="folder of a run, file, owner/repository/path on the Hub; tiny, repa, fm")
+    add("--out", help="folder for the results; default: in outputs/samples, by model and nfe")
+    add("--count", type=int, default=1000, help="images")
+    add("--nfe", type=int, default=0, help="steps; 0: as trained, 64 for a teacher")
+    add("--seed", type=int, default=0, help="image i is drawn with the seed --seed + i")
+    add("--classes", type=int, nargs="+", default=[], help="in turn; default: all of them")
+    add("--guidance", type=float, help="of a teacher; default: what the run or teacher has")
+    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts")
+    add("--pairs", type=int, default=-1, help="images to compare with a teacher; -1: 200 for tiny")
+    add("--teacher", default="", help="of the pairs; default: the run's, or tiny for a tiny model")
+    add("--teacher-steps", type=int, default=64, help="Euler steps of the teacher of the pairs")
+    add("--substeps", type=int, default=128, help="of a student's policy, per unit of time")
+    add("--solver", default="", help="euler, ab2, exact; default: exact for dx, else euler")
+    add("--trained-nfe", type=int, default=0, help="of a dx student whose folder does not say")
+    add("--num-heads", type=int, default=0, help="of a file that does not say; 0: 16")
+    add("--time-scale", type=float, default=0.0, help="of a file that does not say; 0: 1")
+    add("--batch", type=int, default=100, help="images at once, and of one part")
+    add("--bf16", action="store_true", help="bfloat16 autocast around the network")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--npz", action="store_true", help="write samples.npz for the ADM evaluation suite")
+    add("--reference", default="", help="ImageNet: ADM's .npz statistics, or a folder of images")
+    add("--inception", default="", help="its weights, if they are not to be downloaded")
+    args = parser.parse_args(argv)
+    for name in ("count", "batch", "teacher_steps", "substeps"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {getattr(args, name)}; it must be at least 1")
+    for name in ("nfe", "trained_nfe", "num_heads", "time_scale"):
+        if getattr(args, name) < 0:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {getattr(args, name)}; it must not be negative")
+    low, high = args.interval or (0, 1)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--interval is {low:g} {high:g}; it must be 0 <= LOW <= HIGH <= 1")
+    if args.solver not in ("", "euler", "ab2", "exact"):
+        raise ValueError(f"--solver is {args.solver!r}; choose euler, ab2 or exact")
+    for name in ("reference", "inception"):
+        if getattr(args, name) and not Path(getattr(args, name)).exists():
+            raise FileNotFoundError(f"--{name} {getattr(args, name)}: no such file or folder")
+    return args
+
+
+GUIDANCE = {"tiny": (2.5, (0.0, 0.8)), "repa": (3.2, (0.0, 0.7)), "fm": (2.7, (0.0, 0.6))}
+
+
+def settle(args: argparse.Namespace, net: DiT) -> Settings:
+    """Fills in what the command line leaves open, from the model and the run it comes from."""
+    run = run_settings(args.model)
+    tiny, is_teacher = net.config.num_classes == len(fashion.CLASSES), net.config.head == "velocity"
+    teacher = args.teacher or run.get("teacher", "tiny" if tiny else "")
+    guidance, interval = GUIDANCE.get(args.model if is_teacher else teacher, (1.0, (0.0, 1.0)))
+    if run:
+        guidance, interval = run["guidance"], (run["guidance_low"], run["guidance_high"])
+    trained = args.trained_nfe or run.get("nfe", 1)
+    pairs = args.pairs if args.pairs >= 0 else 200 if tiny else 0
+    if pairs and not teacher:
+        raise ValueError(f"--pairs is {pairs}; it needs --teacher")
+    wrong = [label for label in args.classes if not 0 <= label < net.config.num_classes]
+    if wrong:
+        raise ValueError(f"--classes has {wrong[0]}; use 0 .. {net.config.num_classes - 1}")
+    return Settings(
+        model=args.model,
+        nfe=args.nfe or (64 if is_teacher else trained),
+        trained_nfe=trained,
+        guidance=guidance if args.guidance is None else args.guidance,
+        interval=tuple(args.interval or interval),
+        substeps=args.substeps,
+        solver=args.solver or ("exact" if net.config.head == "dx" else "euler"),
+        bf16=args.bf16,
+        seed=args.seed,
+        classes=tuple(args.classes),
+        batch=args.batch,
+        teacher=teacher,
+        teacher_steps=args.teacher_steps,
+        pairs=min(pairs, args.count),
+    )
+
+
+def check_folder(out: Path, settings: Settings) -> None:
+    """Raises: ValueError if --out holds images that were made in another way."""
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    before = json.loads(runs.read_text(out / "settings.json") or "{}")
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"--out {out} holds images with {name} = {before[name]!r}, not {value!r}; choose "
+                "another --out or delete it"
+            )
+    write_json(out / "settings.json", now)
+
+
+def report(args: argparse.Namespace, settings: Settings, net: DiT, out: Path, device) -> dict:
+    """Gathers the parts; writes pictures, samples.npz and metrics.json; prints the table."""
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        target = Path(scratch) / "images.npy"
+        images, known = gather(out / "parts", args.count, settings.batch, target)
+        teacher_images = known.pop("teacher_images", None)
+        runs.save_grid(torch.from_numpy(images[:100].copy()), out / "samples.png", 10)
+        if teacher_images is not None:
+            shown = min(10, len(teacher_images))
+            rows = {f"teacher, {settings.teacher_steps} steps": teacher_images[:shown]}
+            rows[f"{Path(args.model).name}, nfe {settings.nfe}"] = images[:shown]
+            runs.draw_rows(out / "pairs.png", rows, "the same noise")
+        labels = labels_of(settings, range(args.count), net)
+        metrics = {"model": args.model, "nfe": settings.nfe, "count": args.count} | known
+        if net.config.num_classes == len(fashion.CLASSES):
+            if args.count > fashion.FEATURE_WIDTH:
+                metrics |= tiny_metrics(images, labels)
+        elif args.reference:
+            metrics |= imagenet_metrics(images, args.reference, args.inception, device)
+        if args.npz:
+            with runs.writing(out / "samples.npz") as temporary, temporary.open("wb") as file:
+                np.savez(file, arr_0=images, arr_1=labels.numpy())
+        del images  # the memory map, before its file
+    write_json(out / "metrics.json", metrics | {"settings": dataclasses.asdict(settings)})
+    for name, value in metrics.items():
+        print(f"{name:20s} {value:.4f}" if isinstance(value, float) else f"{name:20s} {value}")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with runs.processes(args.device) as place:
+        rank, _, device = place
+        net = open_model(args.model, args.num_heads, args.time_scale, device)
+        settings = settle(args, net)
+        name = f"{Path(args.model.rstrip('/')).stem}-{net.config.head}-nfe{settings.nfe}"
+        out = Path(args.out or Path("outputs/samples") / name)
+        teacher = None
+        if settings.pairs:
+            teacher = open_model(settings.teacher, args.num_heads, 0.0, device)
+        if rank == 0:
+            check_folder(out, settings)
+        sample_parts(settings, args.count, net, teacher, out / "parts", place)
+        runs.from_first(None)
+        runs.total(torch.zeros(1, device=device))  # all parts are there
+        if rank == 0:
+            report(args, settings, net, out, device)
+
+
+if __name__ == "__main__":
+    run_cli(main)

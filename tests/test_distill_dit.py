@@ -1,0 +1,639 @@
+"""distill_dit_imagenet.py, runs.py, cache_imagenet_latents.py: small runs of the real thing."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import backward as fake_backward
+from fake_cuda import needs_fake_cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cache_imagenet_latents
+import distill_dit_imagenet as distill
+import runs
+from dit import DiT, DiTConfig, guided_teacher, load_dit, save_dit
+from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample
+
+ROOT = Path(__file__).parent.parent
+SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10)
+CPU = torch.device("cpu")
+
+
+def small_teacher(scale: float = 0.15) -> DiT:
+    torch.manual_seed(0)
+    net = DiT(SMALL)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=scale)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def teacher_file(tmp_path) -> str:
+    save_dit(small_teacher(), tmp_path / "teacher.safetensors")
+    return str(tmp_path / "teacher.safetensors")
+
+
+def flags(teacher: str, out, **changes) -> list[str]:
+    options = {"teacher": teacher, "out": out, "components": 3, "batch": 5, "substeps": 4}
+    options |= {"warmup": 2, "iterations": 6, "log_every": 2, "save_every": 2, "picture_every": 0}
+    options |= {"guidance": 1.5, "dropout": 0.3, "device": "cpu", "lr": 1e-3, "time_weight": 0.0}
+    items = (options | changes).items()
+    return [text for name, value in items for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+def settings(**changes) -> distill.Config:
+    return distill.parse(flags("teacher", changes.pop("out", "out"), **changes))
+
+
+def start(config: distill.Config) -> tuple[distill.Run, runs.Runner, runs.Runner]:
+    teacher = small_teacher()
+    run = distill.Run(config, teacher, CPU)
+    return run, runs.Runner(run.student, run.student.config), runs.Runner(teacher, SMALL)
+
+
+def gradients(config: distill.Config, places=None) -> tuple[float, list[torch.Tensor]]:
+    run, student, teacher = start(config)
+    places = places or range(config.batch)
+    draws = distill.draw(config, SMALL, None, 7, places)
+    loss, _ = distill.backward(config, student, teacher, draws)
+    return loss.item(), [p.grad for p in run.student.parameters()]
+
+
+def stats(out) -> list[dict]:
+    text = runs.read_text(runs.join(out, "stats.jsonl"))
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def newest(out) -> dict:
+    folder = runs.join(out, "checkpoints")
+    return runs.read_checkpoint(runs.join(folder, runs.list_files(folder, "step_")[-1]))
+
+
+def assert_same_weights(a: dict, b: dict, atol: float = 0.0) -> None:
+    for part in ("student", "ema"):
+        for key, value in a[part].items():
+            assert (value - b[part][key]).abs().max() <= atol, (part, key)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+COMMON = dict(
+    batch=4096, lr=5e-5, warmup=400, warmup_ratio=0.001, beta2=0.95, loss_scale=3.0, clip=50.0,
+    clip_start=400, bf16=True, checkpointing=True, intermediates=2, substeps=128, ema_start=400,
+    ema_gamma=7.0, solver="euler", time_weight=0.0, lr_decay="none", guidance_low=0.0,
+)  # fmt: skip
+GM = COMMON | dict(policy="gmflow", components=32, dropout=0.05, window_substeps=0)
+DX = COMMON | dict(policy="dx", dropout=0.0, nfe=1, iterations=40_000, guidance=3.2)
+DX |= dict(guidance_high=0.7, teacher="repa")
+PUBLISHED = {
+    "gm-fm-1nfe": GM
+    | dict(nfe=1, iterations=140_000, guidance=2.7, guidance_high=0.6, teacher="fm"),
+    "gm-repa-1nfe": GM
+    | dict(nfe=1, iterations=140_000, guidance=3.2, guidance_high=0.7, teacher="repa"),
+    "gm-repa-2nfe": GM
+    | dict(nfe=2, iterations=24_000, guidance=2.8, guidance_high=0.7, teacher="repa"),
+    "dx-repa-1nfe-n10": DX | dict(components=10, window_substeps=10),
+    "dx-repa-1nfe-n20": DX | dict(components=20, window_substeps=5),
+    "dx-repa-1nfe-n40": DX | dict(components=40, window_substeps=3),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_settings(name):
+    config = distill.parse(["--preset", name])
+    assert {key: getattr(config, key) for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_time_inputs_of_the_published_teachers():
+    assert runs.TEACHERS["fm"] == ("Lakonik/pi-Flow-ImageNet/teachers/flowdit_imagenet.pth", 1000.0)
+    assert runs.TEACHERS["repa"] == ("Lakonik/pi-Flow-ImageNet/teachers/repa_imagenet.pth", 1.0)
+
+
+def test_every_setting_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        distill.parse(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for field in dataclasses.fields(distill.Config):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["help"]
+
+
+def test_overrides_reach_the_config():
+    config = distill.parse(["--preset", "gm-repa-1nfe", "--no-bf16", "--lr", "1e-4", "--nfe", "2"])
+    assert (config.bf16, config.lr, config.nfe, config.batch) == (False, 1e-4, 2, 4096)
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        (["--preset", "huge"], "--preset is 'huge'"),
+        (["--policy", "gm"], "--policy is 'gm'; choose one of gmflow, dx"),
+        (["--solver", "exact"], "--solver is 'exact'"),
+        (["--policy", "dx", "--dropout", "0.1"], "--dropout is 0.1"),
+        (["--dropout", "1"], "--dropout is 1"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--nfe", "0"], "--nfe is 0"),
+        (["--guidance-high", "1.5"], "--guidance-high is 1.5"),
+        (["--latents", "x"], "--latents"),
+        (["--teacher", "no/such"], "no file no/such"),
+        (["--nfe", "2", "--latents", "nowhere"], "--latents nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, given, named):
+    out = tmp_path / "run"
+    with pytest.raises((ValueError, OSError)) as error:
+        distill.main(["--out", str(out), "--device", "cpu", *given])
+    assert named in str(error.value) and not out.exists()
+
+
+def test_a_run_with_other_settings_is_not_continued(tmp_path, teacher_file):
+    distill.main(flags(teacher_file, tmp_path / "run", iterations=1))
+    before = newest(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run with lr = 0.001, this one has 0.1"):
+        distill.main(flags(teacher_file, tmp_path / "run", iterations=1, lr=0.1))
+    distill.main(flags(teacher_file, tmp_path / "run", iterations=1, micro_batch=2))  # may change
+    assert_same_weights(before, newest(tmp_path / "run"))
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    config = distill.PRESETS["gm-repa-1nfe"]
+    rates = [distill.learning_rate(config, i) / config.lr for i in (0, 100, 200, 399, 400, 139_999)]
+    assert rates == pytest.approx([0.001, 0.25075, 0.5005, 0.9975025, 1, 1])
+    config = dataclasses.replace(config, lr_decay="cosine", iterations=1400)
+    rates = [distill.learning_rate(config, i) / config.lr for i in (400, 900, 1400)]
+    assert rates == pytest.approx([1, 0.5, 0], abs=1e-12)
+
+
+def test_moving_average_is_a_power_of_time():
+    """(1 - 1/i)^8 means that step i of n has the share (i^8 - (i - 1)^8) / n^8."""
+    run, _, _ = start(settings(ema_start=3, lr=1e-9))
+    parameter, average = next(run.student.parameters()), next(run.ema.parameters())
+    values = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    for n, value in enumerate(values, 1):
+        parameter.data.fill_(value.item())
+        run.step()
+        run.iteration = n
+        if n <= 3:
+            assert average.flatten()[0].item() == pytest.approx(value.item())
+    assert not any(parameter.requires_grad for parameter in run.ema.parameters())
+    share = torch.arange(1, 7).double() ** 8
+    share = torch.diff(share, prepend=torch.zeros(1).double()) / 6**8
+    assert average.flatten()[0].item() == pytest.approx((share * values[3:]).sum().item(), abs=1e-5)
+
+
+# -- randomness ------------------------------------------------------------------------------------
+
+
+def test_draws_depend_on_seed_iteration_and_place_alone():
+    config = settings(batch=8, nfe=2)
+    whole = distill.draw(config, SMALL, None, 4, range(8))
+    parts = [distill.draw(config, SMALL, None, 4, places) for places in (range(3), range(3, 8))]
+    for value, *rest in zip(whole, *parts, strict=True):
+        assert torch.equal(value, torch.cat(rest))
+    assert whole.noise.shape == (8, 4, 4, 4) and whole.walk.shape == (8, 2, 2)
+    assert whole.dropped.shape == (8, 2, 3) and whole.dropped.dtype == torch.bool
+    later = distill.draw(config, SMALL, None, 5, range(8))
+    other = distill.draw(dataclasses.replace(config, seed=1), SMALL, None, 4, range(8))
+    noises = torch.cat([whole.noise, later.noise, other.noise]).flatten(1)
+    assert len(torch.unique(noises, dim=0)) == 24
+
+
+def test_draws_have_the_right_distribution():
+    config = settings(batch=4000, dropout=0.3, components=5)
+    draws = distill.draw(config, SMALL, None, 0, range(4000))
+    assert draws.noise.mean().abs() < 0.01 and (draws.noise.std() - 1).abs() < 0.01
+    for uniform in (draws.tau, draws.walk):
+        assert uniform.min() >= 0 and uniform.max() <= 1
+        assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.var() - 1 / 12) < 0.005
+    assert torch.bincount(draws.labels, minlength=10).min() > 330
+    assert not draws.dropped.all(2).any()
+    assert abs(draws.dropped.float().mean() - (0.3 - 0.3**5 / 5)) < 0.01
+    neighbours = (draws.noise[1:] * draws.noise[:-1]).mean()
+    assert neighbours.abs() < 0.01
+
+
+# -- the loss --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["gmflow", "dx"])
+def test_loss_is_pi_id_sample_by_sample(policy):
+    """The whole batch through `backward` against one sample after the other through the core."""
+    changes = {"policy": "dx", "dropout": 0.0, "window_substeps": 1} if policy == "dx" else {}
+    config = settings(time_weight=2.0, loss_scale=3.0, **changes)
+    loss, grads = gradients(config)
+    run, _, _ = start(config)
+    draws, teacher, expected = distill.draw(config, SMALL, None, 7, range(5)), small_teacher(), 0.0
+    for b in range(5):
+        x, t, label = draws.noise[b : b + 1], torch.ones(1), draws.labels[b : b + 1]
+        output = run.student(x, t, label)
+        plain = GMFlowPolicy(output, x, t) if policy == "gmflow" else DXPolicy(output, x, t)
+        velocity = guided_teacher(teacher, label, 1.5, (0.0, 0.8))
+        walker = plain
+        if policy == "gmflow":
+            dropped = output.logweights.masked_fill(draws.dropped[b, 0].view(1, 3, 1, 1, 1), -1e9)
+            walker = GMFlowPolicy(GaussianMixture(output.means, output.logstds, dropped), x, t)
+        u = (draws.walk[b, 0][None], torch.zeros(1, 1))
+        options = {"total_substeps": 4, "solver": "ab2", "uniforms": u}
+        options["window_substeps"] = config.window_substeps
+        asked = []
+
+        def remember(x, t, velocity=velocity, asked=asked):
+            asked.append((x, t))
+            return velocity(x, t)
+
+        out = pi_id_loss(walker, remember, 1.0, 1.0, **options)
+        ours = out.u_policy
+        if policy == "gmflow":
+            ours = torch.cat([plain.velocity(x, t) for x, t in asked])
+        error = (ours - out.u_teacher).square().mean((1, 2, 3))
+        expected = expected + (error * out.t**2).mean() / 5
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    (3 * expected).backward()
+    for parameter, grad in zip(run.student.parameters(), grads, strict=True):
+        assert torch.allclose(parameter.grad, grad, atol=1e-5 * grad.abs().max() + 1e-7)
+
+
+@pytest.mark.parametrize("nfe", [1, 2])
+def test_micro_batches_do_not_matter(nfe):
+    loss, grads = gradients(settings(nfe=nfe))
+    for micro in (2, 3):
+        other, others = gradients(settings(nfe=nfe, micro_batch=micro))
+        assert other == pytest.approx(loss, rel=1e-5)
+        for a, b in zip(grads, others, strict=True):
+            assert torch.allclose(a, b, atol=1e-5 * a.abs().max() + 1e-8)
+
+
+def test_checkpointing_and_bfloat16_change_cost_not_the_result():
+    loss, grads = gradients(settings())
+    plain = torch.cat([grad.flatten() for grad in grads])
+    for option, tolerance in (("checkpointing", 1e-6), ("bf16", 0.05)):
+        config = dataclasses.replace(settings(), **{option: True})
+        run, student, teacher = start(config)
+        student.bf16 = teacher.bf16 = config.bf16
+        draws = distill.draw(config, SMALL, None, 7, range(5))
+        other, _ = distill.backward(config, student, teacher, draws)
+        found = torch.cat([parameter.grad.flatten() for parameter in run.student.parameters()])
+        assert run.student.checkpointing == config.checkpointing
+        assert found.dtype == torch.float32 and other.item() == pytest.approx(loss, rel=tolerance)
+        assert (found - plain).norm() < max(tolerance, 1e-5) * plain.norm()
+
+
+def test_eight_bit_adam_is_asked_for_by_name(monkeypatch):
+    asked = {}
+    optim = SimpleNamespace(AdamW8bit=lambda parameters, **options: asked.update(options))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    distill.make_optimizer(settings(optimizer="adamw8bit", lr=0.5), small_teacher(), CPU)
+    assert asked == {"lr": 0.5, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        distill.make_optimizer(settings(optimizer="adamw8bit"), small_teacher(), CPU)
+
+
+def test_parts_of_the_batch_add_up():
+    loss, grads = gradients(settings())
+    parts = [gradients(settings(), places) for places in (range(2), range(2, 5))]
+    assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-5)
+    for whole, *pieces in zip(grads, *(grads for _, grads in parts), strict=True):
+        assert torch.allclose(whole, sum(pieces), atol=1e-5 * whole.abs().max() + 1e-8)
+
+
+def test_dropout_reaches_the_walking_policy_only():
+    mixture = GaussianMixture(torch.randn(1, 3, 2, 1), torch.zeros(1, 1, 1, 1),
+                              torch.zeros(1, 3, 1, 1))  # fmt: skip
+    plain = GMFlowPolicy(mixture, torch.randn(1, 2, 1), torch.ones(1))
+    policy = distill.WithDropout(plain, torch.tensor([[True, False, True]]))
+    x, t = plain.x_src, torch.ones(1)
+    assert torch.equal(policy.velocity(x, t), plain.velocity(x, t))
+    assert torch.allclose(policy.detach().velocity(x, t), mixture.means[:, 1], atol=1e-5)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("policy", ["gmflow", "dx"])
+@pytest.mark.parametrize("nfe", [1, 2])
+def test_loss_on_a_gpu_without_host_reads(policy, nfe):
+    changes = {"policy": "dx", "dropout": 0.0, "window_substeps": 1} if policy == "dx" else {}
+    config = settings(nfe=nfe, **changes)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            teacher = DiT(SMALL).requires_grad_(False)
+            net = DiT(dataclasses.replace(SMALL, head=policy, components=3))
+        student = runs.Runner(net, net.config)
+        draws = distill.draw(config, SMALL, None, 0, range(5)).part(0, 3, torch.device("cuda"))
+        losses = distill.segment_losses(config, student, runs.Runner(teacher, SMALL), draws)
+        loss = sum(out.loss for out in losses)
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+        found = fake_backward(loss)
+        assert all(parameter in found for parameter in net.parameters())
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["free", "dependent"])
+def test_two_evaluations_learn(tmp_path, teacher_file, data):
+    changes = {"nfe": 2, "iterations": 60, "log_every": 20, "batch": 16}
+    if data == "dependent":
+        generator = np.random.default_rng(0)
+        moments = generator.normal(size=(12, 2, 4, 4, 4)).astype(np.float16)
+        np.save(tmp_path / "latents_00000.npy", np.abs(moments) * 0.5)
+        np.save(tmp_path / "labels_00000.npy", np.arange(12) % 10)
+        changes["latents"] = tmp_path
+    out = tmp_path / "run"
+    distill.main(flags(teacher_file, out, guidance=1.0, dropout=0.0, **changes))
+    losses = [record["loss"] for record in stats(out)]
+    assert len(losses) == 3 and losses[2] < 0.8 * losses[0]
+
+    net, config = (
+        load_dit(out / "student.safetensors"),
+        json.loads((out / "config.json").read_text()),
+    )
+    assert (config["nfe"], config["guidance"], config["iterations"]) == (2, 1.0, 60)
+    labels, noise = torch.arange(10), torch.randn(10, 4, 4, 4)
+    student = distill.dit_student(net, labels)
+    target = runs.follow_teacher(guided_teacher(small_teacher(), labels), noise, 64)
+    untrained = distill.dit_student(start(settings(nfe=2))[0].student, labels)
+    errors = [(sample(s, noise, 2) - target).square().mean() for s in (student, untrained)]
+    assert errors[0] < errors[1]
+
+
+def test_interrupted_equals_uninterrupted(tmp_path, teacher_file, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    distill.main(flags(teacher_file, whole, lr_decay="cosine"))
+    original, calls = distill.backward, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(distill, "backward", interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    distill.main(flags(teacher_file, parts, lr_decay="cosine"))
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert "iteration 3 of 6" in capsys.readouterr().out and newest(parts)["iteration"] == 3
+    distill.main(flags(teacher_file, parts, lr_decay="cosine"))
+    assert len(calls) == 6
+    a, b = newest(whole), newest(parts)
+    assert_same_weights(a, b)
+    for key, state in a["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b["optimizer"]["state"][key][name])
+    assert stats(parts)[-1]["iteration"] == 6
+    assert [r["loss"] for r in stats(whole) if r["iteration"] == 6] == [stats(parts)[-1]["loss"]]
+    assert len(runs.list_files(parts / "checkpoints", "step_")) == 2  # --keep
+
+
+def test_kill_while_a_checkpoint_is_written(tmp_path, teacher_file):
+    out = tmp_path / "run"
+    distill.main(flags(teacher_file, out, iterations=2))
+    run, _, _ = start(settings(out=out))
+    run.iteration = 4
+    child = os.fork()
+    if child == 0:
+        torch.save = lambda state, path: (
+            Path(path).write_bytes(b"PK\x03\x04 half of a checkpoint"),
+            os.kill(os.getpid(), signal.SIGKILL),
+        )
+        run.save()
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    files = runs.list_files(out / "checkpoints")
+    assert len(files) == 2 and files[0].startswith(".tmp-") and files[1] == "step_00000002.pt"
+    distill.main(flags(teacher_file, out))
+    reference = tmp_path / "reference"
+    distill.main(flags(teacher_file, reference))
+    assert_same_weights(newest(out), newest(reference))
+    files = runs.list_files(out / "checkpoints")
+    assert files == ["step_00000004.pt", "step_00000006.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, capsys, damage):
+    config = settings(out=tmp_path)
+    run, _, _ = start(config)
+    for run.iteration in (2, 4):
+        run.save()
+    path = tmp_path / "checkpoints" / "step_00000004.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"cut": data[:-500], "flipped": data, "empty": b""}[damage])
+    other, _, _ = start(config)
+    other.restore(rank=0)
+    assert other.iteration == 2
+    assert "damaged checkpoint step_00000004.pt" in capsys.readouterr().out
+
+
+def test_not_finite_is_skipped_and_counted(tmp_path, teacher_file, monkeypatch):
+    original, calls = distill.backward, []
+
+    def sometimes(config, student, *rest):
+        loss, by_t = original(config, student, *rest)
+        calls.append(1)
+        if len(calls) in (2, 4):
+            next(student.net.parameters()).grad.fill_(math.nan)
+        return loss, by_t
+
+    monkeypatch.setattr(distill, "backward", sometimes)
+    distill.main(flags(teacher_file, tmp_path / "run"))
+    assert newest(tmp_path / "run")["skipped"] == 2 and stats(tmp_path / "run")[-1]["skipped"] == 2
+    assert all(value.isfinite().all() for value in newest(tmp_path / "run")["student"].values())
+
+
+def test_never_finite_stops_with_the_weights_from_before(tmp_path, teacher_file, monkeypatch):
+    out, original, calls = tmp_path / "run", distill.backward, []
+
+    def broken(*args):
+        calls.append(1)
+        loss, by_t = original(*args)
+        return loss * (math.nan if len(calls) > 4 else 1), by_t
+
+    monkeypatch.setattr(distill, "backward", broken)
+    with pytest.raises(ValueError, match="not finite in 10 iterations in a row.*iteration 4, are"):
+        distill.main(flags(teacher_file, out, iterations=50, lr_decay="none"))
+    monkeypatch.undo()
+    kept = runs.read_checkpoint(out / "checkpoints" / "step_00000004.pt")
+    distill.main(flags(teacher_file, tmp_path / "short", iterations=4, lr_decay="none"))
+    assert_same_weights(kept, newest(tmp_path / "short"))
+
+
+def test_remote_run(teacher_file, tmp_path):
+    """fsspec's memory:// stands for s3://: no local file, one object per write."""
+    out = "memory://bucket/run"
+    distill.main(flags(teacher_file, out, iterations=2, picture_every=2))
+    distill.main(flags(teacher_file, out))
+    assert [record["iteration"] for record in stats(out)] == [2, 4, 6]
+    files = runs.list_files(runs.join(out, "checkpoints"))
+    assert files == ["step_00000004.pt", "step_00000006.pt"]
+    distill.main(flags(teacher_file, tmp_path / "local"))
+    assert_same_weights(newest(out), newest(tmp_path / "local"))
+    assert runs.list_files(runs.join(out, "pictures"), "step_")
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def test_two_processes_equal_one(tmp_path, teacher_file):
+    """Five samples, two at a time, on two processes, data-free: the same losses and weights."""
+    options = {"nfe": 2, "iterations": 3, "log_every": 1, "guidance": 1.5}
+    distill.main(flags(teacher_file, tmp_path / "one", **options))
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "distill_dit_imagenet.py")]
+    command += flags(teacher_file, tmp_path / "two", micro_batch=2, **options)
+    started = [
+        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    one, two = stats(tmp_path / "one"), stats(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert b["loss_by_t"] == pytest.approx(a["loss_by_t"], rel=1e-4, abs=2e-6)
+    assert_same_weights(newest(tmp_path / "one"), newest(tmp_path / "two"), atol=2e-5)
+
+
+def test_the_tiny_preset_runs(tmp_path):
+    """The shipped teacher, the real preset; only fewer and smaller steps."""
+    options = ["--iterations", "2", "--batch", "4", "--teacher-steps", "4", "--device", "cpu"]
+    distill.main(["--out", str(tmp_path), *options])
+    record = stats(tmp_path)[-1]
+    assert record["iteration"] == 2 and math.isfinite(record["loss"])
+    assert len(record["loss_by_t"]) == 10 and record["images_per_s"] > 0
+    assert 0 < record["endpoint_rmse"] < 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "stats.jsonl", "student.safetensors", "checkpoints", "pictures"
+    }  # fmt: skip
+    assert load_dit(tmp_path / "student.safetensors").config.components == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, limit", [("tiny", 100), ("tiny-dx", 150)])
+def test_tiny_student_leaves_one_euler_step_behind(tmp_path, preset, limit):
+    """200 iterations. One Euler step of the teacher has a Frechet distance of about 400."""
+    import fashion
+
+    options = ["--iterations", "200", "--picture-every", "0", "--device", "cpu"]
+    distill.main(["--preset", preset, "--out", str(tmp_path), *options])
+    net, labels = load_dit(tmp_path / "student.safetensors"), torch.arange(500) % 10
+    noise = torch.randn(500, 4, 14, 14, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=64, solver="ab2")
+    images = fashion.to_images(x_0).clamp(-1, 1)
+    assert fashion.frechet_distance(images) < limit
+    assert fashion.recognition_rate(images, labels) > 0.8
+
+
+# -- cached latents --------------------------------------------------------------------------------
+
+
+class StandInVAE(torch.nn.Module):
+    """ "Encodes" by picking every eighth pixel: position survives, so that flips can be seen."""
+
+    def encode(self, images):
+        mean = images[:, [0, 1, 2, 0], ::8, ::8]
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=mean.abs() + 0.5))
+
+
+def test_cached_latents_come_back(tmp_path, monkeypatch):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for i in range(5):
+        folder = tmp_path / "images" / f"n{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.setattr(runs, "load_vae", lambda device: StandInVAE())
+    out = tmp_path / "latents"
+    command = [str(tmp_path / "images"), str(out), "--size", "16", "--shard", "2", "--batch", "1"]
+    cache_imagenet_latents.main([*command, "--device", "cpu"])
+    assert len(runs.list_files(out, "latents_")) == 3
+
+    latents = distill.Latents(str(out))
+    assert latents.labels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 1, 1]
+    found = [np.asarray(Image.open(tmp_path / "images" / "n0" / f"{i}.png")) for i in (0, 2)]
+    for item, pixels in enumerate([*found, *(image[:, ::-1] for image in found)]):
+        mean = torch.tensor(pixels[::8, ::8] / 127.5 - 1).permute(2, 0, 1)[[0, 1, 2, 0]] * 0.18215
+        noise = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(3))
+        x_0, label = latents.draw(item, torch.Generator().manual_seed(3))
+        assert label == 0 and x_0.dtype == torch.float32
+        expected = mean + (mean.abs() + 0.5 * 0.18215) * noise
+        assert torch.allclose(x_0.double(), expected, atol=1e-3)
+
+    (out / "latents_00001.npy").unlink()
+    before = (out / "latents_00000.npy").stat().st_mtime_ns
+    content = (out / "latents_00002.npy").read_bytes()
+    cache_imagenet_latents.main([*command, "--device", "cpu"])
+    assert (out / "latents_00000.npy").stat().st_mtime_ns == before
+    assert (out / "latents_00002.npy").read_bytes() == content
+    assert distill.Latents(str(out)).labels.tolist() == latents.labels.tolist()
+
+
+def test_images_are_cropped_to_the_centre(tmp_path):
+    from PIL import Image
+
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 32:64] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    image = cache_imagenet_latents.read_image(tmp_path / "wide.png", 16)
+    assert image.shape == (3, 16, 16) and image.min() > 0.99
+
+
+def test_cache_refuses_a_folder_without_images(tmp_path):
+    with pytest.raises(ValueError, match="one subfolder of images per class"):
+        cache_imagenet_latents.main([str(tmp_path), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["local", "memory://files"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, folder):
+    path = runs.join(tmp_path / folder if folder == "local" else folder, "deep", "text")
+    runs.write_text(path, "old")
+    with pytest.raises(RuntimeError), runs.writing(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert runs.read_text(path) == "old"
+    assert runs.list_files(path.rsplit("/", 1)[0]) == ["text"]
+    runs.remove(path)
+    runs.remove(path)
+    assert runs.read_text(path) is None
+
+
+def test_a_cut_line_of_the_log_is_dropped(tmp_path):
+    lines = [json.dumps({"iteration": i}) for i in (1, 2, 3)]
+    (tmp_path / "stats.jsonl").write_text("\n".join(lines) + '\n{"itera')
+    log = runs.Log(str(tmp_path), 2)
+    log({"iteration": 3, "loss": 0.5})
+    assert stats(tmp_path) == [{"iteration": 1}, {"iteration": 2}, {"iteration": 3, "loss": 0.5}]
+
+
+def test_a_missing_logger_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        runs.open_logger("wandb", str(tmp_path), {})
