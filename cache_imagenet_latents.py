@@ -65,7 +65,7 @@ def read_image(path: Path, size: int) -> Tensor:
 def encode(vae: nn.Module, images: Tensor) -> Tensor:
     """(n, 3, S, S) -> mean and standard deviation (n, 2, C, S / 8, S / 8) of the latents."""
     posterior = vae.encode(images).latent_dist
-    return torch.stack([posterior.mean, posterior.std], dim=1) * runs.LATENT_SCALE
+    return torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor
 
 
 def write_shard(out: Path, number: int, images: list, vae: nn.Module, args, device) -> None:

@@ -29,7 +29,6 @@ TEACHERS = {  # short names: file, time_scale (0: as the file says)
     "fm": (HUB + "teachers/flowdit_imagenet.pth", 1000.0),
 }
 VAE = "stabilityai/sd-vae-ft-ema"
-LATENT_SCALE = 0.18215
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def load_decoder(num_classes: int, device: torch.device) -> Callable[[Tensor], T
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        parts = (latents.float() / LATENT_SCALE).split(16)
+        parts = (latents.float() / vae.config.scaling_factor).split(16)
         return torch.cat([vae.decode(part).sample for part in parts]).clamp(-1, 1)
 
     return decode

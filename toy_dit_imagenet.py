@@ -14,20 +14,18 @@ code path. The training loop is `fit` in static_toy.py.
 
 import argparse
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import fashion
-from dit import DiT, guided_teacher, load_dit
+from dit import guided_teacher, load_dit
 from helpers import pick_device, run_cli
+from runs import load_decoder
 from static_toy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
 
 HUB = "Lakonik/pi-Flow-ImageNet/teachers/"
-VAE = "stabilityai/sd-vae-ft-ema"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,25 +81,6 @@ def find_class(text: str, names: list[str]) -> int:
     close = difflib.get_close_matches(text.lower(), known, n=3, cutoff=0.4)
     hint = f"closest: {', '.join(close)}" if close else f"for example: {', '.join(list(known)[:3])}"
     raise ValueError(f"--class {text!r} is unknown; {hint}; or an index below {len(names)}")
-
-
-def load_decoder(net: DiT, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Latents -> images in [-1, 1]: rearranged for the tiny teacher, by the VAE for ImageNet."""
-    if net.config.num_classes == len(fashion.CLASSES):
-        return fashion.to_images
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError(
-            "ImageNet latents are decoded with diffusers: pip install diffusers"
-        ) from error
-    vae = AutoencoderKL.from_pretrained(VAE).to(device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        return vae.decode(latents.float() / vae.config.scaling_factor).sample
-
-    return decode
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -163,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--teacher {args.teacher} has a {net.config.head} head: it is a student")
     names = class_names(net.config.num_classes)
     index = find_class(args.class_name, names)
-    decode = load_decoder(net, device)
+    decode = load_decoder(net.config.num_classes, device)
 
     net = net.to(DTYPES[args.dtype]).requires_grad_(False)
     labels = torch.tensor([index], device=device)

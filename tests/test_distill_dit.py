@@ -553,6 +553,8 @@ def test_tiny_student_leaves_one_euler_step_behind(tmp_path, preset, limit):
 class StandInVAE(torch.nn.Module):
     """ "Encodes" by picking every eighth pixel: position survives, so that flips can be seen."""
 
+    config = SimpleNamespace(scaling_factor=0.18215)
+
     def encode(self, images):
         mean = images[:, [0, 1, 2, 0], ::8, ::8]
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=mean.abs() + 0.5))

@@ -35,7 +35,9 @@ def test_every_name_in_the_paper_map_exists():
 def test_every_file_that_it_names_is_there():
     names = set(re.findall(r"`([\w./-]+\.(?:py|txt|md|ipynb))`", README))
     names |= set(re.findall(r"\]\((?!http)([^)#]+)\)", README))  # links and pictures
-    assert {"piflow_minimal.py", "toy_2d.py", "assets/toy_2d.png"} <= names
+    names |= set(re.findall(r"(?:python|1|8|2) (\w+\.py)", README))  # commands
+    names |= set(re.findall(r"^    ([\w./]+\.py|\w+/) {2,}", README, re.M))  # the layout
+    assert {"piflow_minimal.py", "toy_2d.py", "notebooks/", "assets/toy_2d.png"} <= names
     missing = sorted(name for name in names if not (ROOT / name).exists())
     assert not missing
 

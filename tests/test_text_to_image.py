@@ -197,8 +197,9 @@ def arguments_of(tag: str, recorded: Recorded) -> dict:
 
 
 def tolerance_of(case: str, tag: str) -> float:
-    """1e-4; twice that where rounding is amplified 50 times: the float64 result is 1.2e-4 away."""
-    return 2e-4 if case == "gmqwen" and tag.startswith("n4_auto") else 1e-4
+    """1e-4; twice that where rounding is amplified 50 times: the float64 result is 1.2e-4 away, and
+    float32 sums on another number of threads move it as far."""
+    return 2e-4 if case == "gmqwen" and tag.startswith("n4") else 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)
