@@ -392,7 +392,7 @@ def _walk(
                 # Adams-Bashforth: u extrapolated to the middle of the step. A step much longer
                 # than the one before it (behind a waypoint) would magnify rounding: hence 4.
                 before = dt[i - 1].masked_fill(dt[i - 1] == 0, -math.inf)
-                slope = u + _expand((dt[i] / before).clamp(max=4) / 2, x) * (u - u_before)
+                slope = u + _expand((dt[i] / before).clamp(0, 4) / 2, x) * (u - u_before)
             x, u_before = torch.addcmul(x, _expand(dt[i], x), slope), u
         for p in range(len(states)):
             states[p] = torch.where(_expand(arrival[p] == i + 1, x), x, states[p])

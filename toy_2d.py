@@ -14,10 +14,11 @@ Everything is written to `--out`: metrics.json, overview.png, training.png, stud
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -327,6 +328,9 @@ def train(
             sums.index_add_(0, bins, square.detach())  # stays on the device: nobody waits for it
             counts.index_add_(0, bins, torch.ones_like(square))
 
+        # Once in millions of draws t is so close to 0 that a derivative overflows float32.
+        for weight in weights:
+            weight.grad.nan_to_num_(0.0, 0.0, 0.0)
         nn.utils.clip_grad_norm_(weights, 1.0)
         warm_up = min(1.0, (i + 1) / (0.02 * iters))
         optimizer.param_groups[0]["lr"] = lr * warm_up * (1 + math.cos(math.pi * i / iters)) / 2
@@ -573,6 +577,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for PyTorch. Tensors here are so small that a second one gains a fifth, and on
+    a machine that does something else as well the two wait for each other: several times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_training(args: argparse.Namespace, density, policy: str) -> Training:
     """`train` behind a progress bar that shows the loss; it looks at the loss once in 50."""
     from tqdm import tqdm
@@ -580,19 +596,14 @@ def run_training(args: argparse.Namespace, density, policy: str) -> Training:
     names = ("nfe", "iters", "batch", "lr", "data_free", "seed", "device")
     options = {name: getattr(args, name) for name in names}
     options["components"] = args.components if policy == args.policy else 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for matrices this small a second one gains a fifth, and on a busy
-    try:  #                     machine the two wait for each other: several times slower
-        with tqdm(total=args.iters, desc=f"{policy}, {args.nfe}-NFE", unit="it") as bar:
+    with tqdm(total=args.iters, desc=f"{policy}, {args.nfe}-NFE", unit="it") as bar:
 
-            def progress(i: int, loss: Tensor) -> None:
-                if (i + 1) % 50 == 0 or i + 1 == args.iters:
-                    bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-                    bar.update(i + 1 - bar.n)
+        def progress(i: int, loss: Tensor) -> None:
+            if (i + 1) % 50 == 0 or i + 1 == args.iters:
+                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+                bar.update(i + 1 - bar.n)
 
-            return train(density, policy, progress=progress, **options)
-    finally:
-        torch.set_num_threads(threads)
+        return train(density, policy, progress=progress, **options)
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -604,6 +615,7 @@ def print_table(results: dict[str, dict]) -> None:
         print(f"{name:<20}" + "".join(values))
 
 
+@one_thread()
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures, draws. Raises: ValueError, OSError for bad input, before anything slow."""
     args = parse_arguments(argv)
