@@ -274,3 +274,18 @@ def test_out_must_not_be_a_file(tmp_path):
     with pytest.raises(ValueError, match="--out .*taken.*folder"):
         toy_2d.main(["--out", str(file)])
     assert file.read_text() == "mine"
+
+
+def test_an_overflowed_gradient_does_not_end_the_training(monkeypatch):
+    density = toy_2d.make_density("ring")
+    plain, calls = density.velocity, []
+
+    def velocity(x, t):
+        calls.append(t)
+        return plain(x, t) * (1e30 if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(density, "velocity", velocity)
+    training = toy_2d.train(density, iters=8, batch=32)
+    assert len(calls) == 16
+    assert not training.losses.isfinite().all()  # it did happen
+    assert all(weight.isfinite().all() for weight in training.student.parameters())
