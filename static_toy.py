@@ -188,6 +188,8 @@ def fit(
         loss = (error * pair.t**settings.time_weight).mean()
         optimizer.zero_grad()
         loss.backward()
+        for parameter in static.parameters():  # at t below 1e-6 a derivative may overflow float32
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
         optimizer.step()
         cosine.step()
 
