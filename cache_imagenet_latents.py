@@ -85,6 +85,7 @@ def write_shard(out: Path, number: int, images: list, vae: nn.Module, args, devi
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Image folder -> shards of latents and labels; see the top of the file."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -70,6 +70,7 @@ MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run 
 
 
 def setting(default, about: str):
+    """A field of `Config` with its help text."""
     return dataclasses.field(default=default, metadata={"help": about})
 
 
@@ -379,6 +380,7 @@ def ema_decay(config: Config, steps: int) -> float:
 
 
 def make_optimizer(config: Config, net: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, fused on CUDA, or 8-bit. Raises: ImportError without bitsandbytes."""
     options = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0.0}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(net.parameters(), fused=device.type == "cuda", **options)
@@ -623,6 +625,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, or continues, the run that the command line describes."""
     config = parse(argv)
     with runs.processes(config.device) as (rank, world, device):
         if config.batch < world:

@@ -88,10 +88,13 @@ def position_features(rows: int, hidden: int, device: torch.device | None = None
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """h (B, T, hidden), scaled and shifted by (B, hidden) each."""
     return h * (1 + scale[:, None]) + shift[:, None]
 
 
 class TimestepEmbedder(nn.Module):
+    """t (B,), already times time_scale -> (B, hidden)."""
+
     def __init__(self, hidden: int):
         super().__init__()
         first, second = nn.Linear(FREQUENCIES, hidden), nn.Linear(hidden, hidden)
@@ -102,6 +105,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
+    """Labels (B,), the null class last -> (B, hidden)."""
+
     def __init__(self, num_classes: int, hidden: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden)
@@ -558,5 +563,6 @@ def check_fit(source: str | Path, net: DiT, state: dict[str, Tensor]) -> None:
 
 
 def listed(keys: list[str], most: int = 4) -> str:
+    """The first few keys, and how many more there are."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + more

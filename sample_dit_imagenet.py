@@ -400,6 +400,7 @@ def report(args: argparse.Namespace, settings: Settings, net: DiT, out: Path, de
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Samples and measures; see the top of the file."""
     args = parse(argv)
     with runs.processes(args.device) as place:
         rank, _, device = place

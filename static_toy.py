@@ -242,6 +242,7 @@ def follow_policy(
 
 
 def rmse(a: Tensor, b: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Root mean square difference over dims, by default over all."""
     return (a - b).square().mean(dims).sqrt()
 
 

@@ -134,6 +134,7 @@ def check_arguments(args: argparse.Namespace) -> ToySettings:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Loads the teacher, fits, draws. Raises: ValueError, OSError, ImportError for bad input."""
     args = parse_arguments(argv)
     settings = check_arguments(args)
     device = pick_device(args.device)

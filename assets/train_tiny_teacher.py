@@ -177,6 +177,7 @@ def train_teacher(args: argparse.Namespace, latents: Tensor, labels: Tensor) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains and judges; see the top of the file."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
