@@ -4,6 +4,7 @@ Nothing here knows about flows or policies; `piflow_minimal.py` does not import 
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -31,12 +32,25 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def keep_freed_memory() -> None:
+    """On Linux with glibc: freed memory stays with the process, for the next tensor of that size.
+
+    By default tensors above some 100 kB come from the kernel and go back to it in every operation,
+    page by page. benchmarks/README.md says what that costs on a CPU. Elsewhere this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: up to here from the heap (its maximum)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the heap back
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; bad input ends it with one line on stderr and exit code 1.
 
     Errors of the kinds that our checks raise (ValueError, OSError, ImportError) are for the user;
     everything else is a bug and keeps its traceback.
     """
+    keep_freed_memory()
     try:
         main()
     except (ValueError, OSError, ImportError) as error:

@@ -28,9 +28,10 @@ Reading order: time, policies (GMFlow, DX), rollout, guidance, pi-ID, sampler.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -173,28 +174,28 @@ class GMFlowPolicy:
             w_k  = softmax_k( log A_k + m_k . (nu - zeta m_k/2) / d )
             x_0  = (var nu + sum_k w_k m_k) / d,             pi = (x - x_0) / t
 
-        Means and states are measured from one center c, which shifts nu to `query` = nu - zeta c
+        Means and states are measured from one center c, which shifts nu to nu - zeta c (`query`)
         and leaves the result as it is; and in the last line what cancels as t -> 0 is cancelled on
         paper. Both keep float32 exact where zeta is huge.
         """
         t = _batch(t, x, "t") if not isinstance(t, Tensor) else t
         t = t.reshape(-1, 1, 1).clamp(min=EPS)
-        alpha, x_flat = 1 - t, _wide(x).reshape(*x.shape[:2], -1)  #              (B, C, P)
-        precision = alpha / t**2
-        zeta = alpha * precision - self._zeta_src  #                              (B, 1, 1)
-        query = precision * (x_flat - alpha * self._center) - self._query_src
+        ratio = (1 - t) / t  #                             alpha / t              (B, 1, 1)
+        zeta = ratio**2 - self._zeta_src
         d = (1 + self._var * zeta).clamp(min=EPS)
+        y = _wide(x).reshape(*x.shape[:2], -1) - self._center  #                  (B, C, P)
+        rest = torch.addcmul(self._query_src, ratio, self._center, value=-1)
+        query = (ratio / t * y - rest) / d
 
         # Channel by channel: no (B, K, C, P) tensor is made, and every line is one kernel.
-        logits = self._logweights - zeta / d * self._half_norm  #                 (B, K, P)
-        for m_c, query_c in zip(self._means, (query / d).unbind(1), strict=True):
+        logits = torch.addcmul(self._logweights, zeta / d, self._half_norm, value=-1)  # (B, K, P)
+        for m_c, query_c in zip(self._means, query.unbind(1), strict=True):
             logits.addcmul_(m_c, query_c[:, None])
         w = torch.softmax(logits, dim=1)
         mean = torch.stack([(w * m_c).sum(1) for m_c in self._means], dim=1)  #   (B, C, P)
 
-        x_flat_c = x_flat - self._center
-        rest = self._query_src - self._zeta_src * x_flat_c - alpha / t * x_flat
-        return ((x_flat_c - mean + self._var * rest) / (d * t)).reshape(x.shape)
+        factor = 1 - self._var * (self._zeta_src + ratio)
+        return ((factor * y + self._var * rest - mean) / (d * t)).reshape(x.shape)
 
     def detach(self) -> "GMFlowPolicy":
         """The same policy without a gradient."""
@@ -335,6 +336,7 @@ Student = Callable[[Tensor, Tensor], Policy]  # (x_src, t_src) -> policy
 def rollout(
     policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: float = 1.0,
     total_substeps: int = 128, solver: str = "euler", callback: Callback | None = None,
+    compile: bool = False,
 ) -> Tensor:  # fmt: skip
     """Follows a policy from raw time tau_start down to tau_end; no network (Algorithm 1).
 
@@ -348,6 +350,8 @@ def rollout(
         solver: "euler", the published protocol; "ab2", two-step Adams-Bashforth in t, of second
             order at the same cost; "exact", the closed form of a DX grid policy, in one step.
         callback: called with (substep, tau (B,), x): first 0 and the start, then after each step.
+        compile: `velocity` through torch.compile, about twice as fast after some seconds of
+            compilation; without a working compiler a warning, and eager all the same.
     Returns: (B, C, *) at tau_end.
     Raises: ValueError for times out of range or order, or a solver that the policy lacks.
     """
@@ -359,12 +363,13 @@ def rollout(
         ordered = bool((end <= start + EPS).all())
     _require(ordered, f"tau_end = {tau_end} lies above tau_start = {tau_start}: time runs down")
     waypoints = torch.stack([start, end])
-    return _walk(policy, x, waypoints, shift, total_substeps, solver, length, callback)[-1]
+    options = (shift, total_substeps, solver, length, callback, compile)
+    return _walk(policy, x, waypoints, *options)[-1]
 
 
 def _walk(
     policy: Policy, x: Tensor, waypoints: Tensor, shift: float, total_substeps: int,
-    solver: str, length: float | None, callback: Callback | None = None,
+    solver: str, length: float | None, callback: Callback | None = None, compile: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """One pass from waypoints[0] to waypoints[P], (P + 1, B). -> the P states at waypoints 1 .. P.
 
@@ -380,6 +385,7 @@ def _walk(
     t = shift_time(tau, shift)  #                                                 (steps + 1, B)
     dt = t.diff(dim=0)
     x, u_before = _wide(x), None
+    velocity = _compiled(policy, x, t[0]) if compile else policy.velocity
     states = [x] * (len(arrival) - 1)
     if callback:
         callback(0, tau[0], x)
@@ -387,7 +393,7 @@ def _walk(
         if solver == "exact":
             x = policy.flow(x, t[i], t[i + 1])
         else:
-            u = slope = policy.velocity(x, t[i])
+            u = slope = velocity(x, t[i])
             if solver == "ab2" and i > 0:
                 # Adams-Bashforth: u extrapolated to the middle of the step. A step much longer
                 # than the one before it (behind a waypoint) would magnify rounding: hence 4.
@@ -399,6 +405,21 @@ def _walk(
         if callback:
             callback(i + 1, tau[i + 1], x)
     return [*states, x]
+
+
+_compile = lru_cache(torch.compile)  # one compiled function per kind of policy
+
+
+def _compiled(policy: Policy, x: Tensor, t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """policy.velocity, compiled; as it is, with a warning, where that does not work."""
+    velocity = partial(_compile(type(policy).velocity), policy)
+    try:
+        velocity(x, t)
+    except Exception as error:  # every backend has exceptions of its own
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=4)
+        return policy.velocity
+    return velocity
 
 
 def _substep_grid(
@@ -473,7 +494,7 @@ def pi_id_loss(
     total_substeps: int = 128, num_intermediates: int = 2, teacher_ratio: float = 0.0,
     window_substeps: int = 0, dropout: float = 0.0,
     uniforms: tuple[Tensor, Tensor] | None = None, generator: torch.Generator | None = None,
-    solver: str = "euler",
+    solver: str = "euler", one_call: bool = False,
 ) -> PiIDLoss:  # fmt: skip
     """On-policy imitation of the teacher over one segment of raw time (Algorithm 1).
 
@@ -482,7 +503,7 @@ def pi_id_loss(
     with gradient, for its own. No gradient reaches the walk or the teacher.
 
     Args:
-        policy, teacher: see the module; the teacher is called M times with B states.
+        policy, teacher: see the module; the teacher is called M times with B states, see one_call.
         tau_src, segment_size: float or (B,) in [0, 1]. A tensor segment_size costs host reads.
         total_substeps, solver: of the walk, see `rollout`.
         num_intermediates: M >= 1.
@@ -492,12 +513,15 @@ def pi_id_loss(
             of its velocity at a point. DX needs it: there (x - x0_hat)/t magnifies errors of x.
         dropout: of components, on the walking policy only (GMFlow), in [0, 1).
         uniforms: ((B, M), (B, M - 1)) in [0, 1), replaces the random draws: replays a loss.
+        one_call: asks the teacher once, with all M * B states; its labels must repeat. Faster
+            where a batch is too small for the device. For teacher_ratio = 0.
     Raises: ValueError for arguments out of range.
     """
     x, M, S, r = _wide(policy.x_src).detach(), num_intermediates, total_substeps, teacher_ratio
     _require(M >= 1, f"num_intermediates = {M}: must be at least 1")
     _require(0 <= r <= 1, f"teacher_ratio = {r}: must lie in [0, 1]")
     _require(window_substeps >= 0, f"window_substeps = {window_substeps}: must not be negative")
+    _require(not (one_call and r), f"teacher_ratio = {r}: must be 0 with one_call")
     drops = dropout == 0 or isinstance(policy, GMFlowPolicy)
     _require(drops, f"dropout = {dropout}: for GMFlow policies only")
 
@@ -529,7 +553,9 @@ def pi_id_loss(
         if r == 0:  # the policy walks alone: one pass through all intermediate times
             waypoints = torch.cat([tau[None], tau_a, tau_dst[None]])
             *states, x_dst = _walk(actor, x, waypoints, shift, S, solver, bound(1))
-            targets = [_wide(teacher(x_a, t)) for x_a, t in zip(states, t_a, strict=True)]
+            all_at_once = [(torch.cat(states), t_a.flatten())]
+            asked = all_at_once if one_call else zip(states, t_a, strict=True)
+            targets = [_wide(teacher(x_a, t)) for x_a, t in asked]
         else:  # in turns: the policy walks to tau_a, one Euler step of the teacher leads to tau_b
             states, targets, tau_before = [], [], tau
             for m in range(M):
@@ -659,7 +685,7 @@ def sample(
     student: Student, noise: Tensor, nfe: int = 1, shift: float = 1.0,
     final_step_size_scale: float = 1.0, h: float = 0.0, temperature: float = 1.0,
     total_substeps: int = 128, generator: torch.Generator | None = None, solver: str = "euler",
-    callback: Callback | None = None,
+    callback: Callback | None = None, compile: bool = False,
 ) -> Tensor:  # fmt: skip
     """Few-step sampling: nfe calls of the student, and policies between them.
 
@@ -669,7 +695,8 @@ def sample(
         shift, final_step_size_scale, h: see `flow_map_schedule`.
         temperature: > 0, of GMFlow policies on every step but the last.
         generator: of the noise that h > 0 adds.
-        total_substeps, solver, callback: see `rollout`; substeps count from 0 in each segment.
+        total_substeps, solver, callback, compile: see `rollout`; substeps count from 0 in each
+            segment.
     Returns: x_0 (B, C, *), in the precision of policies.
     Raises: ValueError for arguments out of range, or if the result is not finite.
     """
@@ -681,7 +708,8 @@ def sample(
             _require(gmflow, f"temperature = {temperature}: for GMFlow policies only, leave it 1")
             policy = policy.temperature(temperature)
         tau_src, tau_dst = unshift_time(t_src, shift), unshift_time(t_dst, shift)
-        x = rollout(policy, x, tau_src, tau_dst, shift, total_substeps, solver, callback)
+        steps = (shift, total_substeps, solver, callback, compile)
+        x = rollout(policy, x, tau_src, tau_dst, *steps)
         if m < 1:
             eps = _random(torch.randn, x.shape, x, generator)
             x = (1 - t_to + t_to * m) * x + t_to * math.sqrt(1 - m * m) * eps

@@ -5,6 +5,7 @@ import ast
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -429,6 +430,35 @@ def test_callback_sees_the_whole_way():
     assert seen[0][2] is policy.x_src and seen[-1][2] is x
 
 
+@pytest.mark.parametrize("kind", ["gmflow", "dx"])
+def test_compiled_rollout_is_the_eager_one(kind):
+    mixture, x = random_mixture(dtype=torch.float32), random_state(dtype=torch.float32)
+    policy = GMFlowPolicy(mixture, x, 1.0) if kind == "gmflow" else DXPolicy(mixture.means, x, 1.0)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            found = rollout(policy, x, 1.0, 0.25, 3.2, 16, compile=True)
+        except UserWarning as warning:
+            assert "torch.compile does not work here" in str(warning)
+            pytest.skip(f"no working compiler: {warning}")
+    eager = rollout(policy, x, 1.0, 0.25, 3.2, 16)
+    assert (found - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
+def test_without_a_compiler_there_is_a_warning_and_the_same_result(monkeypatch):
+    def broken(function):
+        def call(*args):
+            raise RuntimeError("no compiler\nhere")
+
+        return call
+
+    monkeypatch.setattr(piflow, "_compile", broken)
+    policy = GMFlowPolicy(random_mixture(), random_state(), 1.0)
+    with pytest.warns(UserWarning, match="going on without: no compiler$"):
+        found = sample(lambda x, t: policy, policy.x_src, 1, total_substeps=4, compile=True)
+    assert torch.equal(found, rollout(policy, policy.x_src, 1.0, 0.0, total_substeps=4))
+
+
 # ---- pi-ID ---------------------------------------------------------------------------------------
 
 
@@ -470,6 +500,25 @@ def test_walk_and_targets_by_hand():
             squares.append((one.velocity(state, t) - torch.sin(3 * state) - t) ** 2)
         assert torch.allclose(out.x_dst[b], rollout(one, state, tau, 0.3, 3.2, 64)[0], rtol=1e-9)
     assert torch.allclose(out.loss, torch.cat(squares).mean())
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_one_call_asks_for_all_intermediates_at_once(window):
+    policy, asked = GMFlowPolicy(random_mixture(), random_state(), full(3, 1.0)), []
+
+    def teacher(x, t):
+        asked.append(len(x))
+        return torch.sin(3 * x) * t.view(-1, 1, 1, 1)
+
+    def loss(**options):
+        generator = torch.Generator().manual_seed(0)
+        options |= {"num_intermediates": 4, "window_substeps": window, "generator": generator}
+        return pi_id_loss(policy, teacher, 1.0, 1.0, total_substeps=16, **options)
+
+    one, many = loss(one_call=True), loss()
+    assert asked == [12, 3, 3, 3, 3]
+    for a, b in zip(one, many, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
 
 
 def test_full_teacher_ratio_walks_with_the_teacher():
@@ -832,7 +881,7 @@ def fake_cuda_mixture(spatial, grad=False):
 @pytest.mark.parametrize("spatial", [(), (4, 5)])
 @pytest.mark.parametrize("kind, options", [
     *[(kind, options) for kind in ("gmflow", "dx", "polynomial") for options in (
-        {}, {"solver": "ab2"}, {"teacher_ratio": 0.5, "window_substeps": 4},
+        {}, {"solver": "ab2"}, {"teacher_ratio": 0.5, "window_substeps": 4}, {"one_call": True},
     )],
     ("gmflow", {"dropout": 0.2}), ("dx", {"solver": "exact"}),
 ])  # fmt: skip
@@ -924,6 +973,7 @@ def bad_calls():
         "solver 'exact': for DX": lambda: rollout(polynomial, x, 1.0, 0.0, solver="exact"),
         "num_intermediates = 0": lambda: loss(num_intermediates=0),
         "teacher_ratio = 1.5": lambda: loss(teacher_ratio=1.5),
+        "teacher_ratio = 0.5: must be 0": lambda: loss(teacher_ratio=0.5, one_call=True),
         "window_substeps = -1": lambda: loss(window_substeps=-1),
         "dropout = 0.1": lambda: loss(dx, dropout=0.1),
         "tau_src = -0.5": lambda: loss(tau_src=-0.5),
