@@ -53,6 +53,7 @@ class ToySettings:
     substeps: int = 128  # of the policy's rollout
     solver: str = "ab2"  # of the policy's rollout
     time_weight: float = 1.0  # squared errors count t ** time_weight; 0 is the published loss
+    one_call: bool = False  # one teacher call for all intermediates: more memory, less time
     teacher_steps: int = 512  # Heun steps of the reference trajectory
     seed: int = 42
 
@@ -86,12 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: ToySettings) -> Non
         "substeps": "of the policy's rollout",
         "solver": "of the policy's rollout: euler or ab2",
         "time_weight": "squared errors count t to this power; 0 is the published loss",
+        "one_call": "one teacher call for all intermediates: more memory, less time",
         "teacher_steps": "Heun steps of the reference trajectory",
         "seed": "of the noise and of the training",
     }
     for name, default in dataclasses.asdict(defaults).items():
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help=told[name])
+        boolean = {"action": argparse.BooleanOptionalAction}
+        kind = boolean if isinstance(default, bool) else {"type": type(default)}
+        parser.add_argument(flag, default=default, help=told[name], **kind)
     parser.add_argument("--sweep", action="store_true", help="one run per policy size, one plot")
     parser.add_argument(
         "--every", type=int, default=200, help="iterations between pictures; 0: none"
@@ -183,6 +187,7 @@ def fit(
             window_substeps=window,
             generator=generator,
             solver=settings.solver,
+            one_call=settings.one_call,
         )
         error = (pair.u_policy - pair.u_teacher).square().flatten(1).mean(1)  #    (M B,)
         loss = (error * pair.t**settings.time_weight).mean()

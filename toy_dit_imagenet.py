@@ -47,7 +47,7 @@ TEACHERS = {
         class_name="ankle boot",
         cfg=2.5,
         interval=(0.0, 0.8),
-        settings=ToySettings(iters=1200, lr=2e-2, intermediates=4),
+        settings=ToySettings(iters=1200, lr=2e-2, intermediates=4, one_call=True),
     ),
     "repa": Source(HUB + "repa_imagenet.pth", time_scale=1.0),
     "fm": Source(HUB + "flowdit_imagenet.pth", time_scale=1000.0),
