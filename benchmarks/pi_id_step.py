@@ -1,0 +1,156 @@
+"""Where the time of one pi-ID training step goes: teacher, student, rollout, policy gradient.
+
+    python -m benchmarks.pi_id_step                 # two minutes on two CPU cores
+    python -m benchmarks.pi_id_step --device cuda --batch 32
+
+Two networks with random weights: the tiny DiT of assets/ with the settings of the preset `tiny`,
+and two of the 28 layers of DiT-XL/2 with the published settings (K = 32, Euler, 128 substeps). With
+all 28 layers the share of the networks is larger still.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import peak_memory, print_table, synchronize
+from dit import PRESETS, DiT, dit_student, guided_teacher, init_student_from_teacher
+from helpers import keep_freed_memory, pick_device, run_cli
+from piflow_minimal import Policy, pi_id_loss
+
+PARTS = ("teacher", "student forward", "student backward", "rollout", "policy gradient", "adam")
+
+
+class Clock:
+    """Seconds per part of a step; waits for the device at every boundary."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str, within: str | None = None) -> Iterator[None]:
+        """Counts the block for `part`, and not for the part `within` which it stands."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[part] += time.perf_counter() - start
+        if within:
+            self.seconds[within] -= time.perf_counter() - start
+
+
+class Timed(NamedTuple):
+    """A policy whose velocities with gradient are timed; the copy that walks is the plain one."""
+
+    policy: Policy
+    clock: Clock
+
+    x_src = property(lambda self: self.policy.x_src)
+    t_src = property(lambda self: self.policy.t_src)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        with self.clock("policy gradient", within="rollout"):
+            return self.policy.velocity(x, t)
+
+    def detach(self) -> Policy:
+        return self.policy.detach()
+
+
+class Case(NamedTuple):
+    """One training step, ready to be taken."""
+
+    teacher: DiT
+    student: DiT
+    adam: torch.optim.Optimizer
+    batch: int
+    walk: dict  # options of pi_id_loss
+
+
+def make(depth: int, components: int, batch: int, walk: dict, device: torch.device) -> Case:
+    """depth 0: the tiny network, else so many layers of XL/2; random weights."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["xl2"], depth=depth) if depth else PRESETS["tiny"]
+    teacher = DiT(config).to(device).requires_grad_(False)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    student = init_student_from_teacher(teacher, "gmflow", components).requires_grad_(True)
+    adam = torch.optim.AdamW(student.parameters(), fused=device.type == "cuda")
+    return Case(teacher, student, adam, batch, walk)
+
+
+def step(case: Case, device: torch.device, clock: Clock) -> None:
+    """What distill_dit_imagenet.py does for one micro-batch, in parts."""
+    config = case.teacher.config
+    noise = torch.randn(case.batch, config.channels, config.latent_size, config.latent_size)
+    labels = torch.arange(case.batch, device=device) % config.num_classes
+    t_src, noise = torch.ones(case.batch, device=device), noise.to(device)
+    guided = guided_teacher(case.teacher, labels, 2.5, (0.0, 0.8))
+
+    def teacher(x: Tensor, t: Tensor) -> Tensor:
+        with clock("teacher", within="rollout"):
+            return guided(x, t)
+
+    with clock("student forward"):
+        policy = dit_student(case.student, labels)(noise, t_src)
+    with clock("rollout"):  # what is left of pi_id_loss without its inner parts
+        loss = pi_id_loss(Timed(policy, clock), teacher, 1.0, 1.0, **case.walk).loss
+    outputs = list(policy.mixture)
+    with clock("policy gradient"):
+        gradients = torch.autograd.grad(loss, outputs)
+    with clock("student backward"):
+        case.adam.zero_grad()
+        torch.autograd.backward(outputs, gradients)
+    with clock("adam"):
+        case.adam.step()
+
+
+def measure(case: Case, device: torch.device, rounds: int) -> tuple[dict[str, float], float]:
+    """Median seconds of every part after a warm-up, and the peak memory of a step in MiB."""
+    found = []
+    for _ in range(rounds + 1):
+        clock = Clock(device)
+        step(case, device, clock)
+        found.append(clock.seconds)
+    seconds = {part: statistics.median(one[part] for one in found[1:]) for part in PARTS}
+    return seconds, peak_memory(device, lambda: step(case, device, Clock(device)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the shares of a step."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--batch", type=int, default=4, help="of the XL/2 case; tiny has 32")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
+    args = parser.parse_args(argv)
+    for name in ("batch", "rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    device = pick_device(args.device)
+    keep_freed_memory()
+    ab2, euler = {"total_substeps": 16, "solver": "ab2"}, {"total_substeps": 128}
+    cases = {
+        "tiny, K = 8, ab2, 16 substeps": make(0, 8, 32, ab2, device),
+        "tiny, K = 8, euler, 128": make(0, 8, 32, euler, device),
+        "2 layers of XL/2, K = 32, euler, 128": make(2, 32, args.batch, euler, device),
+    }
+    rows = []
+    for name, case in cases.items():
+        seconds, memory = measure(case, device, args.rounds)
+        whole = sum(seconds.values())
+        shares = [f"{100 * seconds[part] / whole:.1f}%" for part in PARTS]
+        size = f"{1000 * whole:.0f} ms", f"{memory:.0f} MiB"
+        rows.append([f"{name}, batch {case.batch}", *size, *shares])
+    print_table(["", "step", "peak", *PARTS], rows)
+
+
+if __name__ == "__main__":
+    run_cli(main)
