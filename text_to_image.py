@@ -122,6 +122,7 @@ class FewStep:
         temperature: float | str = "auto",
         total_substeps: int = 128,
         progress: Any = None,
+        compile: bool = False,
     ) -> Tensor:
         """Latents x_0 from noise (B, C, H, W), with `steps` network evaluations of the batch."""
         steps = self.steps if steps is None else steps
@@ -133,6 +134,7 @@ class FewStep:
         return sample(
             self.student(conditions, guidance, progress), noise, steps, SHIFT,
             FINAL_STEP_SIZE_SCALE, temperature=temperature, total_substeps=total_substeps,
+            compile=compile,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -150,6 +152,7 @@ class FewStep:
         batch_size: int = 1,
         references: Sequence[Any] = (),
         output: str = "pil",
+        compile: bool = False,
     ) -> Result:
         """Draws len(prompts) * images_per_prompt pictures.
 
@@ -166,6 +169,7 @@ class FewStep:
             batch_size: pictures per network evaluation.
             references: PIL images to edit (FLUX.2 only).
             output: "pil", or "latent" to leave out the VAE.
+            compile: the policy's velocity through torch.compile, see `piflow_minimal.rollout`.
         Raises: ValueError, one line, for what is not accepted.
         Warns: if the size is changed, or settings are not those the adapter was trained for.
         """
@@ -198,7 +202,7 @@ class FewStep:
             for batch in batches:
                 rows = conditions.rows([i // images_per_prompt for i in batch])
                 x = torch.stack([_noise(shape, seed + i) for i in batch])  #  (B, C, H, W)
-                arguments = rows, steps, guidance, temperature, total_substeps, progress
+                arguments = rows, steps, guidance, temperature, total_substeps, progress, compile
                 latents.append(self.sample(x.to(self.device), *arguments))
         sampled, x = self._clock(), torch.cat(latents)
 
@@ -386,6 +390,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidance", type=float, help="embedded guidance; default: as the adapter was trained")
     add("--temperature", default="auto", help="of GMFlow policies: a number above 0, or auto")
     add("--substeps", type=int, default=128, help="of the policy, per unit of time")
+    add("--compile", action="store_true", help="torch.compile the policy")
     add("--batch-size", type=int, default=1, help="pictures per network evaluation")
     add("--reference", nargs="+", default=[], help="pictures to edit (FLUX.2)")
     add("--adapter", help="folder or Hub name user/repo[/folder], in place of the published one")
@@ -528,6 +533,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = generate(
             args.prompt, args.images, args.height, args.width, args.steps, args.seed, args.guidance,
             args.temperature, args.substeps, args.batch_size, args.reference,
+            compile=args.compile,
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise ValueError(

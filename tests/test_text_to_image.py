@@ -521,6 +521,17 @@ def test_batches_and_seeds(model):
     assert not torch.allclose(together.latents[0], together.latents[1], atol=0.1)
 
 
+def test_compile_reaches_the_policy_and_changes_nothing_else(monkeypatch):
+    import piflow_minimal
+
+    compiled = []
+    monkeypatch.setattr(piflow_minimal, "_compile", lambda f: compiled.append(f) or f)
+    generate = load("gm-qwen", tiny=True, device="cpu")
+    options = SIZE | {"total_substeps": 4, "output": "latent"}
+    plain, fast = (generate("a jay", **options, compile=c) for c in (False, True))
+    assert len(compiled) == 4 and torch.equal(plain.latents, fast.latents)
+
+
 def test_one_network_evaluation_per_step_and_batch(capsys):
     generate = load("gm-qwen", tiny=True, device="cpu")
     calls = []
