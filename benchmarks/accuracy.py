@@ -24,6 +24,7 @@ from toy_2d import make_density, train
 
 STUDENT = fashion.ASSETS / "tiny_student.safetensors"
 SUBSTEPS = (4, 8, 16, 32, 64, 128, 256)
+LIMIT = 4096  # substeps that stand for infinitely many
 
 
 def policy_of_toy(kind: str, iters: int) -> Policy:
@@ -50,7 +51,7 @@ def errors(policy: Policy) -> dict[str, list[float]]:
         return rollout(policy, policy.x_src, 1.0, 0.0, **options)
 
     dx = isinstance(policy, DXPolicy)
-    limit = walk(solver="exact") if dx else walk(total_substeps=4096, solver="ab2")
+    limit = walk(solver="exact") if dx else walk(total_substeps=LIMIT, solver="ab2")
     found = {
         solver: [
             (walk(total_substeps=n, solver=solver) - limit).square().mean().sqrt().item()

@@ -35,6 +35,7 @@ from toy_2d import (
 )
 
 BATCH, LR = 512, 2e-3  # the defaults of toy_2d.py
+POINTS = 10_000  # noises that the metrics are taken over
 PLANE = (250, 500, 1000, 2000, 3000, 6000)  # iterations; 3000 is the default
 STATIC = (150, 300, 600, 1200, 2400)  # 1200 is the default
 
@@ -60,7 +61,7 @@ def regress(density: Board, iters: int) -> tuple[Student, float]:
 def plane(iterations: tuple[int, ...]) -> list[tuple[str, int, float, float, float]]:
     """(method, iterations, seconds, endpoint RMSE, energy distance) on the checkerboard."""
     density, generator = make_density("checkerboard"), torch.Generator().manual_seed(1)
-    noise, data = torch.randn(10_000, 2, generator=generator), density.sample(10_000, generator)
+    noise, data = torch.randn(POINTS, 2, generator=generator), density.sample(POINTS, generator)
     target = teacher_sample(density, noise)
 
     def row(method: str, iters: int, seconds: float, x_0: Tensor) -> tuple:
