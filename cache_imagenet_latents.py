@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import runs
-from helpers import run_cli
+from helpers import run_cli, write_json
 
 KINDS = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("images", type=Path, help="folder with one subfolder per class")
-    parser.add_argument("out", type=Path, help="folder for the shards")
+    parser.add_argument("out", help="folder for the shards")
     parser.add_argument("--size", type=int, default=256, help="of the images, a multiple of 8")
     parser.add_argument("--shard", type=int, default=10_000, help="images per shard")
     parser.add_argument("--batch", type=int, default=64, help="images that are encoded at once")
@@ -100,12 +100,20 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) < 1 or name == "size" and args.size % 8:
             wanted = "a positive multiple of 8" if name == "size" else "at least 1"
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be {wanted}")
-    found = list_images(args.images)
+    if runs.is_remote(args.out):
+        raise ValueError(f"out is {args.out}; it must be a local folder")
+    args.out, found = Path(args.out), list_images(args.images)
+    settings = {"images": len(found), "size": args.size, "shard": args.shard}
+    runs.check_same(args.out / "settings.json", settings)
     with runs.processes(args.device) as (rank, world, device):
         numbers = range(0, -(-len(found) // args.shard))[rank::world]
         there = set(runs.list_files(args.out, "latents_"))
         missing = [number for number in numbers if f"latents_{number:05d}.npy" not in there]
         vae = runs.load_vae(device) if missing else None
+        if rank == 0:
+            write_json(args.out / "settings.json", settings)
+            runs.remove_leftovers(args.out)
+        runs.from_first(None)  # only then may others write
         for number in tqdm(missing, disable=None if rank == 0 else True):
             shard = found[number * args.shard : (number + 1) * args.shard]
             write_shard(args.out, number, shard, vae, args, device)

@@ -11,8 +11,9 @@
     torchrun --nproc-per-node 8 distill_dit_imagenet.py --preset gm-repa-2nfe --latents LATENTS
 
 `--preset` names the published runs; `--help` lists every setting. Run the same command again to
-continue an interrupted run: it goes on as if nothing had happened. Several nodes need an --out that
-all of them see.
+continue an interrupted run: it goes on as if nothing had happened. SIGTERM and Ctrl-C finish the
+iteration and save; torchrun allows 30 seconds for that. Several nodes need an --out that all of
+them see.
 
 **One network evaluation needs no images.** The segment starts at t = 1, in pure noise: labels and
 noise are all there is (Algorithms 2 and 3 are the same for nfe = 1). With more evaluations the
@@ -31,10 +32,8 @@ import copy
 import dataclasses
 import json
 import math
-import pickle
 import time
 import typing
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -137,15 +136,16 @@ FREE = {"out", "iterations", "micro_batch", "checkpointing", "compile", "device"
 FREE |= {"save_every", "keep", "picture_every", "teacher_steps", "logger"}
 
 TINY = Config(
-    teacher="tiny", guidance=2.5, guidance_high=0.8, components=8, iterations=3000, batch=64,
-    micro_batch=32, substeps=16, solver="ab2", time_weight=1.0, loss_scale=1.0, lr=2e-3,
-    lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0, bf16=False,
-    checkpointing=False, save_every=500, picture_every=500,
+    teacher="tiny", guidance=2.5, guidance_high=0.8, components=8, iterations=8000, batch=32,
+    micro_batch=32, intermediates=1, substeps=16, solver="ab2", time_weight=1.0, loss_scale=1.0,
+    lr=2e-3, lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0,
+    bf16=False, checkpointing=False, save_every=500, picture_every=1000,
 )  # fmt: skip
 TINY_DX = replace(TINY, policy="dx", dropout=0.0, components=10, solver="exact", time_weight=2.0)
 DX = Config(policy="dx", dropout=0.0, iterations=40_000)
 PRESETS = {
     "tiny": TINY,
+    "tiny-2nfe": replace(TINY, nfe=2, iterations=4000),  # two segments cost twice as much
     "tiny-dx": TINY_DX,
     "gm-fm-1nfe": Config(teacher="fm", guidance=2.7, guidance_high=0.6),
     "gm-repa-1nfe": Config(),
@@ -165,6 +165,7 @@ def parse(argv: list[str] | None) -> Config:
     if name not in PRESETS:
         raise ValueError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [--preset NAME] [--SETTING VALUE ...]",
         description=__doc__.split("\n")[0],
         parents=[first],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -209,6 +210,11 @@ def check(config: Config) -> None:
             raise ValueError(f"{flag} is {value}; it must be positive")
     if config.dropout and config.policy == "dx":
         raise ValueError(f"--dropout is {config.dropout}; a dx policy has none, it must be 0")
+    if config.guidance_low > config.guidance_high:
+        raise ValueError(f"--guidance-low is {config.guidance_low}; it must not be above "
+                         f"--guidance-high, {config.guidance_high}")  # fmt: skip
+    if not config.out.strip("/ "):
+        raise ValueError(f"--out is {config.out!r}; it must name a folder")
     if config.latents and config.nfe == 1:
         raise ValueError("--latents is of no use with --nfe 1: the segment starts in pure noise")
 
@@ -233,9 +239,12 @@ class Draws(NamedTuple):
 
 
 class Latents:
-    """Latents that cache_imagenet_latents.py wrote, memory-mapped."""
+    """Latents that cache_imagenet_latents.py wrote, memory-mapped.
 
-    def __init__(self, folder: str):
+    Raises: ValueError if there are none, or if they are not what the network `net` works on.
+    """
+
+    def __init__(self, folder: str, net: DiTConfig):
         shards = sorted(Path(folder).glob("latents_*.npy"))
         if not shards:
             raise ValueError(f"--latents {folder}: no latents_*.npy in it")
@@ -246,6 +255,14 @@ class Latents:
         if len(self.labels) != self.ends[-1]:
             counts = f"{self.ends[-1]} latents, {len(self.labels)} labels"
             raise ValueError(f"--latents {folder}: {counts}")
+        expected = (2, net.channels, net.latent_size, net.latent_size)
+        for shard, moments in zip(shards, self.moments, strict=True):
+            if moments.shape[1:] != expected:
+                found = f"--latents: {shard} has images of {moments.shape[1:]}"
+                raise ValueError(f"{found}; this teacher needs {expected}")
+        if self.labels.max() >= net.num_classes:
+            known = f"the teacher knows 0 .. {net.num_classes - 1}"
+            raise ValueError(f"--latents {folder} has the label {self.labels.max()}; {known}")
 
     def draw(self, item: int, generator: torch.Generator) -> tuple[Tensor, int]:
         """A sample (C, H, W) of the VAE's posterior for one image, and its label."""
@@ -408,7 +425,6 @@ class Run:
         self.folder = runs.join(config.out, "checkpoints")
 
     @torch.no_grad()
-    @torch.no_grad()
     def step(self) -> None:
         """One optimizer step, and one of the average."""
         for group in self.optimizer.param_groups:
@@ -419,28 +435,37 @@ class Run:
         torch._foreach_lerp_(averaged, weights, 1 - decay)
 
     def save(self) -> None:
-        """Writes a checkpoint and the student, then deletes the oldest checkpoints."""
+        """Writes the student and a checkpoint, then deletes the oldest checkpoints.
+
+        In this order: a run that is killed in between writes the same student again.
+        """
+        with runs.writing(runs.join(self.config.out, "student.safetensors")) as temporary:
+            save_dit(self.ema, temporary)
         counts = {name: getattr(self, name) for name in ("iteration", "skipped", "seconds")}
         parts = {name: getattr(self, name).state_dict() for name in ("student", "ema", "optimizer")}
         with runs.writing(runs.join(self.folder, f"step_{self.iteration:08d}.pt")) as temporary:
             torch.save(counts | parts, temporary)
-        with runs.writing(runs.join(self.config.out, "student.safetensors")) as temporary:
-            save_dit(self.ema, temporary)
         for name in runs.list_files(self.folder, "step_")[: -self.config.keep]:
             runs.remove(runs.join(self.folder, name))
 
     def restore(self, rank: int) -> None:
-        """Continues from the newest whole checkpoint, if there is one."""
-        state = None
+        """Continues from the newest whole checkpoint, if there is one.
+
+        Raises: FileNotFoundError if rank 0 has a checkpoint that this process does not see.
+        """
+        state, out = None, self.config.out
         if rank == 0:
-            for folder in (self.folder, self.config.out):  # left by a run that was killed
-                for name in runs.list_files(folder, ".tmp-"):
-                    runs.remove(runs.join(folder, name))
+            for folder in (self.folder, out, runs.join(out, "pictures")):
+                runs.remove_leftovers(folder)
             state = self.newest()
         name = runs.from_first(state and state["name"])
         if name is None:
             return
-        state = state or runs.read_checkpoint(runs.join(self.folder, name))
+        try:
+            state = state or runs.read_checkpoint(runs.join(self.folder, name))
+        except FileNotFoundError as error:
+            reason = f"rank {rank} does not see {name}; all nodes must see the same folder"
+            raise FileNotFoundError(f"--out {out}: {reason}") from error
         for part in ("student", "ema", "optimizer"):
             getattr(self, part).load_state_dict(state[part])
         self.iteration, self.skipped = state["iteration"], state["skipped"]
@@ -453,7 +478,8 @@ class Run:
             self.save()
         raise ValueError(
             f"loss or gradient was not finite in {bad} iterations in a row; the weights from "
-            f"before, iteration {self.iteration}, are saved; try a lower --lr ({self.config.lr})"
+            f"before, iteration {self.iteration}, are saved; try a lower --lr than "
+            f"{self.config.lr} in another --out"
         )
 
     def newest(self) -> dict | None:
@@ -461,21 +487,10 @@ class Run:
         for name in reversed(runs.list_files(self.folder, "step_")):
             try:
                 return runs.read_checkpoint(runs.join(self.folder, name)) | {"name": name}
-            except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            except ValueError as error:
                 reason = " ".join(str(error).split())[:100]
                 print(f"skipping the damaged checkpoint {name}: {reason}")
         return None
-
-
-def check_folder(config: Config) -> None:
-    """Raises: ValueError if --out holds a run with other settings."""
-    before = json.loads(runs.read_text(runs.join(config.out, "config.json")) or "{}")
-    for name, value in asdict(config).items():
-        if name not in FREE and before.get(name, value) != value:
-            raise ValueError(
-                f"--out {config.out} holds a run with {name} = {before[name]!r}, this one has "
-                f"{value!r}; choose another --out, or the same settings to continue it"
-            )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -532,8 +547,8 @@ class Pairs:
         config = self.config
         net = runs.Runner(ema, ema.config, config.bf16)
         student = dit_student(net, self.labels, 1 / config.nfe)
-        solver = "exact" if config.policy == "dx" else config.solver
-        x_0 = sample(student, self.noise, config.nfe, solver=solver)
+        steps = {"total_substeps": config.substeps, "solver": config.solver}
+        x_0 = sample(student, self.noise, config.nfe, **steps)
         rows = {f"teacher, {config.teacher_steps} steps": self.images}
         rows[f"student, nfe {config.nfe}"] = runs.to_pixels(self.decode(x_0))
         path = runs.join(config.out, "pictures", f"step_{iteration:08d}.png")
@@ -550,13 +565,13 @@ def prepare(
     config: Config, rank: int, world: int, device: torch.device
 ) -> tuple[Run, runs.Runner, runs.Runner, Latents | None]:
     """-> the run, as far as it has come; student and teacher; cached latents."""
-    if rank == 0:
-        check_folder(config)
+    decisive = {name: value for name, value in asdict(config).items() if name not in FREE}
+    runs.check_same(runs.join(config.out, "config.json"), decisive)
     path, time_scale = runs.TEACHERS.get(config.teacher, (config.teacher, 0.0))
     net = load_dit(
         path, config.num_heads or None, config.time_scale or time_scale or None, device=device
     ).requires_grad_(False)
-    latents = Latents(config.latents) if config.latents else None
+    latents = Latents(config.latents, net.config) if config.latents else None
     run = Run(config, net, device)
     run.restore(rank)
     if config.compile:
@@ -567,9 +582,6 @@ def prepare(
     if world > 1:
         devices = [device] if device.type == "cuda" else None
         student.net = DistributedDataParallel(run.student, devices)
-    if rank == 0:
-        settings = json.dumps(asdict(config), indent=2) + "\n"
-        runs.write_text(runs.join(config.out, "config.json"), settings)
     return run, student, teacher, latents
 
 
@@ -578,15 +590,20 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> Run:
     run, student, teacher, latents = prepare(config, rank, world, device)
     log = runs.Log(config.out, run.iteration, config.logger, asdict(config)) if rank == 0 else None
     pairs = Pairs(config, teacher, device) if rank == 0 and config.picture_every else None
+    if rank == 0:  # all that may be wrong with the settings has shown by now
+        settings = json.dumps(asdict(config), indent=2) + "\n"
+        runs.write_text(runs.join(config.out, "config.json"), settings)
     weights, recent, bad = list(run.student.parameters()), Recent(device), 0
     places = range(rank * config.batch // world, (rank + 1) * config.batch // world)
     draws = draw(config, run.student.config, latents, run.iteration, places)
     bar = tqdm(total=config.iterations, initial=run.iteration, disable=rank > 0 or None)
     start = time.monotonic() - run.seconds
 
+    def last() -> bool:
+        return run.iteration == config.iterations or stop.agreed
+
     def due(every: int) -> bool:
-        last = run.iteration == config.iterations or stop.agreed
-        return last or every > 0 and run.iteration % every == 0
+        return last() or every > 0 and run.iteration % every == 0
 
     with runs.Stop() as stop, bar:
         while run.iteration < config.iterations and not stop.agreed:
@@ -609,7 +626,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> Run:
             run.iteration += 1
             run.seconds = time.monotonic() - start
             bar.update()
-            if due(config.log_every) and recent.losses:
+            if recent.losses and (due(config.log_every) or due(config.picture_every)):
                 record = recent.record(run, device)
                 if pairs and due(config.picture_every):
                     record["endpoint_rmse"] = pairs.compare(run.ema, run.iteration)
@@ -617,7 +634,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> Run:
                     log(record)
                     bar.set_postfix(loss=f"{record['loss']:.4f}")
                 recent = Recent(device)
-            if due(config.save_every) and rank == 0 and (not bad or stop.agreed):
+            if due(config.save_every) and rank == 0 and (not bad or last()):
                 run.save()
             if bad == MOST_SKIPPED:
                 run.give_up(bad, rank)

@@ -8,9 +8,11 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,9 @@ def processes(device: str = "auto") -> Iterator[tuple[int, int, torch.device]]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # An hour: the others wait while rank 0 uploads a large checkpoint or draws.
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
     try:
         yield dist.get_rank(), world, chosen
     finally:
@@ -86,20 +90,27 @@ def join(folder: str | Path, *names: str) -> str:
     return "/".join([str(folder).rstrip("/"), *names])
 
 
-def _filesystem(path: str):
+@contextlib.contextmanager
+def _remote(path: str | Path) -> Iterator[tuple]:
+    """Yields (filesystem, path in it). What goes wrong in the block is for the user: an OSError."""
     try:
         import fsspec
     except ImportError as error:
         raise ImportError(f"{path} is remote: pip install fsspec (and s3fs for s3://)") from error
-    return fsspec.core.url_to_fs(path)
+    try:
+        yield fsspec.core.url_to_fs(str(path))
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # no credentials, no connection: each storage has its own kinds
+        raise OSError(f"{path}: {error}") from error
 
 
 def list_files(folder: str | Path, prefix: str = "") -> list[str]:
     """Sorted names of the files in a folder that begin with `prefix`; empty if there is none."""
     if is_remote(folder):
-        filesystem, root = _filesystem(str(folder))
-        filesystem.invalidate_cache()
-        names = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
+        with _remote(folder) as (filesystem, root):
+            filesystem.invalidate_cache()
+            names = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
         names = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
     else:
         names = os.listdir(folder) if Path(folder).is_dir() else []
@@ -109,11 +120,16 @@ def list_files(folder: str | Path, prefix: str = "") -> list[str]:
 def remove(path: str | Path) -> None:
     """Deletes a file; it may be gone already."""
     if is_remote(path):
-        filesystem, root = _filesystem(str(path))
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _remote(path) as (filesystem, root):
             filesystem.rm_file(root)
     else:
         Path(path).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Deletes the temporary files of a process that was killed while it wrote into `folder`."""
+    for name in list_files(folder, ".tmp-"):
+        remove(join(folder, name))
 
 
 @contextlib.contextmanager
@@ -126,9 +142,9 @@ def writing(path: str | Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / str(path).rsplit("/", 1)[-1]
             yield temporary
-            filesystem, root = _filesystem(str(path))
-            filesystem.makedirs(root.rsplit("/", 1)[0], exist_ok=True)
-            filesystem.put_file(str(temporary), root)
+            with _remote(path) as (filesystem, root):
+                filesystem.makedirs(root.rsplit("/", 1)[0], exist_ok=True)
+                filesystem.put_file(str(temporary), root)
         return
     with atomic(path) as temporary:
         yield temporary
@@ -154,10 +170,10 @@ def reading(path: str | Path) -> Iterator[Path]:
     if not is_remote(path):
         yield Path(path)
         return
-    filesystem, root = _filesystem(str(path))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / str(path).rsplit("/", 1)[-1]
-        filesystem.get_file(root, str(copy))
+        with _remote(path) as (filesystem, root):
+            filesystem.get_file(root, str(copy))
         yield copy
 
 
@@ -175,14 +191,33 @@ def read_text(path: str | Path) -> str | None:
         return None
 
 
+def check_same(path: str | Path, settings: dict) -> None:
+    """Compares `settings` with those that an earlier run left in a JSON file, if there is one.
+
+    Raises: ValueError that names the first one that differs.
+    """
+    before = json.loads(read_text(path) or "{}")
+    for name, value in json.loads(json.dumps(settings)).items():
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"{path} is of a run with {name} = {before[name]!r}, this one has {value!r}; "
+                "choose another output folder, or the same settings to continue"
+            )
+
+
 def read_checkpoint(path: str) -> dict:
-    """Raises: zipfile.BadZipFile if a checksum is wrong, or what torch.load raises."""
+    """Raises: ValueError if it is damaged, OSError if there is none or it cannot be fetched."""
     with reading(path) as local:
-        with zipfile.ZipFile(local) as archive:
-            wrong = archive.testzip()
-        if wrong:
-            raise zipfile.BadZipFile(f"wrong checksum of {wrong}")
-        return torch.load(local, map_location="cpu", weights_only=True)
+        try:
+            with zipfile.ZipFile(local) as archive:
+                wrong = archive.testzip()
+            if wrong:
+                raise ValueError(f"wrong checksum of {wrong}")
+            return torch.load(local, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # one wrong bit in the directory of a zip: nearly any kind
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,12 +375,14 @@ def memory_gib(device: torch.device) -> float:
         import resource
     except ImportError:  # Windows
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C, so that the iteration can be finished; the second one kills.
+    """Notes SIGTERM and Ctrl-C, so that the iteration can be finished; the second Ctrl-C kills.
 
+    (A second SIGTERM does not: where a scheduler stops all processes, torchrun repeats it.)
     asked: 1.0 if this process was; agreed: for the loop, when all processes know.
     """
 
@@ -359,7 +396,8 @@ class Stop:
 
     def note(self, number, frame) -> None:
         self.asked = 1.0
-        signal.signal(number, self.before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():

@@ -23,6 +23,7 @@ In --out: samples.png, metrics.json, with --npz samples.npz (uint8 NHWC in arr_0
 import argparse
 import dataclasses
 import json
+import math
 import tempfile
 import time
 import zipfile
@@ -56,6 +57,8 @@ class Settings:
     interval: tuple[float, float]
     substeps: int
     solver: str
+    h: float
+    temperature: float
     bf16: bool
     seed: int
     classes: tuple[int, ...]  # empty: all, in turn
@@ -80,37 +83,44 @@ def run_settings(name: str) -> dict:
     """config.json of a run of distill_dit_imagenet.py; empty if `name` is something else."""
     if name in runs.TEACHERS or not (runs.is_remote(name) or Path(name).is_dir()):
         return {}
-    text = runs.read_text(runs.join(name, "config.json"))
-    if text is None:
-        raise FileNotFoundError(f"{name} is not the folder of a run: it has no config.json")
-    return json.loads(text)
+    settings = json.loads(runs.read_text(runs.join(name, "config.json")) or "{}")
+    if "guidance_low" not in settings:
+        raise FileNotFoundError(f"{name} is not the folder of a run: it has no config.json of one")
+    return settings
 
 
-def sampler(net: DiT, settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
-    """-> (noise (B, C, H, W), labels (B,)) -> x_0, by `nfe` network evaluations.
+Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
 
-    A guided step of a teacher counts as one, though it is two evaluations of its network.
+
+def sampler(net: DiT, settings: Settings, compile: bool = False) -> Sampler:
+    """-> (noise (B, C, H, W), labels (B,), a generator per image) -> x_0, by `nfe` evaluations.
+
+    A guided step of a teacher counts as one, though it is two evaluations of its network. Students
+    with h > 0 add noise, of the image's own generator: they sample one image after the other.
     """
     runner = runs.Runner(net, net.config, settings.bf16)
+    options = {"h": settings.h, "temperature": settings.temperature, "compile": compile}
+    options |= {"total_substeps": settings.substeps, "solver": settings.solver}
 
-    def teach(noise: Tensor, labels: Tensor) -> Tensor:
+    def teach(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
         teacher = guided_teacher(runner, labels, settings.guidance, settings.interval)
         return runs.follow_teacher(teacher, noise, settings.nfe)
 
-    def study(noise: Tensor, labels: Tensor) -> Tensor:
+    def study(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
+        if settings.h and len(noise) > 1:
+            rows = zip(noise.split(1), labels.split(1), generators, strict=True)
+            return torch.cat([study(*row[:2], [row[2]]) for row in rows])
         student = dit_student(runner, labels, 1 / settings.trained_nfe)
-        steps = {"total_substeps": settings.substeps, "solver": settings.solver}
-        return sample(student, noise, settings.nfe, **steps)
+        return sample(student, noise, settings.nfe, generator=generators[0], **options)
 
     return teach if net.config.head == "velocity" else study
 
 
-def noise_of(seed: int, numbers: range, net: DiT) -> Tensor:
-    """Noise of the images with these numbers, each from its own seed. -> (n, C, H, W), CPU."""
-    generator, size = torch.Generator(), net.config.latent_size
-    shape = (net.config.channels, size, size)
-    seeds = ((seed + i) % 2**32 for i in numbers)
-    return torch.stack([torch.randn(shape, generator=generator.manual_seed(s)) for s in seeds])
+def noise_of(seed: int, numbers: range, net: DiT) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise (n, C, H, W) of the images with these numbers, each from its own generator; CPU."""
+    shape = (net.config.channels, net.config.latent_size, net.config.latent_size)
+    generators = [torch.Generator().manual_seed((seed + i) % 2**32) for i in numbers]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
 def labels_of(settings: Settings, numbers: range, net: DiT) -> Tensor:
@@ -125,27 +135,28 @@ def labels_of(settings: Settings, numbers: range, net: DiT) -> Tensor:
 
 
 def sample_parts(
-    settings: Settings, count: int, net: DiT, teacher: DiT | None, folder: Path, place: tuple
-) -> None:
+    settings: Settings, count: int, net: DiT, teacher: DiT | None, folder: Path, place: tuple,
+    compile: bool = False,
+) -> None:  # fmt: skip
     """Writes parts/ that are not there yet; `place` is (rank, number of processes, device)."""
     rank, world, device = place
-    follow, decode = sampler(net, settings), runs.load_decoder(net.config.num_classes, device)
-    follow_teacher = None
+    decode = runs.load_decoder(net.config.num_classes, device)
+    follow, follow_teacher = sampler(net, settings, compile), None
     if teacher:
         steps = dataclasses.replace(settings, nfe=settings.teacher_steps)
         follow_teacher = sampler(teacher, steps)
     parts = [range(i, min(i + settings.batch, count)) for i in range(0, count, settings.batch)]
     missing = [numbers for numbers in parts[rank::world] if not is_whole(folder, numbers)]
     for numbers in tqdm(missing, disable=None if rank == 0 else True):
-        noise = noise_of(settings.seed, numbers, net).to(device)
-        labels = labels_of(settings, numbers, net).to(device)
+        noise, generators = noise_of(settings.seed, numbers, net)
+        noise, labels = noise.to(device), labels_of(settings, numbers, net).to(device)
         began = time.perf_counter()
-        x_0 = follow(noise, labels)
+        x_0 = follow(noise, labels, generators)
         pixels = runs.to_pixels(decode(x_0))  # on the CPU: the device is done
         part = {"images": pixels.numpy(), "seconds": time.perf_counter() - began}
         paired = max(0, min(settings.pairs - numbers.start, len(noise)))
         if follow_teacher and paired:
-            target = follow_teacher(noise[:paired], labels[:paired])
+            target = follow_teacher(noise[:paired], labels[:paired], generators)
             part["teacher"] = runs.to_pixels(decode(target)).numpy()
             error = (x_0[:paired] - target).square().flatten(1).mean(1)
             part["error"] = error.cpu().numpy()
@@ -209,7 +220,10 @@ def load_inception(weights: str, device: torch.device) -> Callable[[Tensor], tup
     except ImportError as error:
         raise ImportError("--reference needs: pip install torch-fidelity") from error
     if weights:
-        torch.load(weights, weights_only=True)  # refuses what is more than tensors
+        try:
+            torch.load(weights, weights_only=True)
+        except Exception as error:  # whatever the unpickler stumbles over
+            raise ValueError(f"--inception {weights} is no file of tensors") from error
     names = ["2048", "logits_unbiased"]
     return FeatureExtractorInceptionV3("inception", names, weights or None).to(device)
 
@@ -224,30 +238,46 @@ def inception_features(net: Callable, images: np.ndarray, device, batch: int = 6
     return (torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def read_reference(path: str) -> tuple[np.ndarray | None, dict]:
-    """Images and, where the file has them, mean `mu` and covariance `sigma` of their features.
+def reference_images(folder: str) -> list[Path]:
+    kinds = {".png", ".jpg", ".jpeg", ".JPEG", ".webp"}
+    return sorted(file for file in Path(folder).rglob("*") if file.suffix in kinds)
 
-    Raises: ValueError if there is neither.
+
+def check_reference(path: str) -> None:
+    """Raises: ValueError if it is neither a folder of images nor an .npz of images or statistics.
+
+    Before anything is sampled; the images themselves are not read.
     """
+    if Path(path).is_dir():
+        if not reference_images(path):
+            raise ValueError(f"--reference {path} is a folder without images")
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = {name.removesuffix(".npy") for name in file.namelist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"--reference {path} is no readable .npz") from error
+    if "arr_0" not in names and not {"mu", "sigma"} <= names:
+        raise ValueError(f"--reference {path} has neither images (arr_0) nor mu and sigma")
+
+
+def read_reference(path: str) -> tuple[np.ndarray | None, dict]:
+    """Images and, where the file has them, mean `mu` and covariance `sigma` of their features."""
     if Path(path).is_dir():
         from PIL import Image
 
-        kinds = {".png", ".jpg", ".jpeg", ".JPEG", ".webp"}
-        files = sorted(file for file in Path(path).rglob("*") if file.suffix in kinds)
-        if not files:
-            raise ValueError(f"--reference {path} is a folder without images")
+        files = reference_images(path)
         return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]), {}
     with np.load(path) as file:  # allow_pickle stays off
         images = file["arr_0"] if "arr_0" in file else None
-        statistics = {key: file[key].astype(np.float64) for key in ("mu", "sigma") if key in file}
-    if images is None and len(statistics) < 2:
-        raise ValueError(f"--reference {path} has neither images (arr_0) nor mu and sigma")
-    return images, statistics
+        return images, {key: file[key].astype(np.float64) for key in ("mu", "sigma") if key in file}
 
 
-def imagenet_metrics(images: np.ndarray, reference: str, weights: str, device) -> dict:
-    """FID and Inception Score; precision and recall if the reference has images."""
-    net = load_inception(weights, device)
+def imagenet_metrics(net: Callable, images: np.ndarray, reference: str, device) -> dict:
+    """FID and Inception Score; precision and recall if the reference has images.
+
+    net: of `load_inception`.
+    """
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -276,7 +306,9 @@ def imagenet_metrics(images: np.ndarray, reference: str, weights: str, device) -
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s MODEL [--SETTING VALUE ...]",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", help="folder of a run, file, owner/repository/path on the Hub; tiny, repa, fm")
@@ -290,8 +322,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pairs", type=int, default=-1, help="images to compare with a teacher; -1: 200 for tiny")
     add("--teacher", default="", help="of the pairs; default: the run's, or tiny for a tiny model")
     add("--teacher-steps", type=int, default=64, help="Euler steps of the teacher of the pairs")
-    add("--substeps", type=int, default=128, help="of a student's policy, per unit of time")
-    add("--solver", default="", help="euler, ab2, exact; default: exact for dx, else euler")
+    add("--substeps", type=int, default=0, help="per unit of tau; 0: as trained, or 128")
+    add("--solver", default="", help="euler, ab2, exact; default: as trained, or exact (dx), euler")
+    add("--h", type=float, default=0.0, help="noise between a student's steps: 0 none, inf full")
+    add("--temperature", type=float, default=1.0, help="of a gmflow student, before the last step")
+    add("--compile", action="store_true", help="torch.compile a student's policy")
     add("--trained-nfe", type=int, default=0, help="of a dx student whose folder does not say")
     add("--num-heads", type=int, default=0, help="of a file that does not say; 0: 16")
     add("--time-scale", type=float, default=0.0, help="of a file that does not say; 0: 1")
@@ -302,14 +337,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--reference", default="", help="ImageNet: ADM's .npz statistics, or a folder of images")
     add("--inception", default="", help="its weights, if they are not to be downloaded")
     args = parser.parse_args(argv)
-    for name in ("count", "batch", "teacher_steps", "substeps"):
-        if getattr(args, name) < 1:
+    least = dict.fromkeys(("count", "batch", "teacher_steps"), 1)
+    others = ("substeps", "nfe", "trained_nfe", "num_heads", "time_scale", "h", "guidance")
+    least |= dict.fromkeys(others, 0)
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {getattr(args, name)}; it must be at least 1")
-    for name in ("nfe", "trained_nfe", "num_heads", "time_scale"):
-        if getattr(args, name) < 0:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {getattr(args, name)}; it must not be negative")
+            raise ValueError(f"{flag} is {value}; it must be at least {low}")
+    if not 0 < args.temperature < math.inf:
+        raise ValueError(f"--temperature is {args.temperature}; it must be positive and finite")
+    if runs.is_remote(args.out or ""):
+        raise ValueError(f"--out is {args.out}; it must be a local folder")
     low, high = args.interval or (0, 1)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--interval is {low:g} {high:g}; it must be 0 <= LOW <= HIGH <= 1")
@@ -318,6 +357,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("reference", "inception"):
         if getattr(args, name) and not Path(getattr(args, name)).exists():
             raise FileNotFoundError(f"--{name} {getattr(args, name)}: no such file or folder")
+    if args.reference:
+        check_reference(args.reference)
     return args
 
 
@@ -325,9 +366,16 @@ GUIDANCE = {"tiny": (2.5, (0.0, 0.8)), "repa": (3.2, (0.0, 0.7)), "fm": (2.7, (0
 
 
 def settle(args: argparse.Namespace, net: DiT) -> Settings:
-    """Fills in what the command line leaves open, from the model and the run it comes from."""
+    """Fills in what the command line leaves open, from the model and the run it comes from.
+
+    A policy is followed as it was in training. A file of weights does not say: it gets the
+    published protocol, Euler with 128 substeps, or for dx its closed form.
+
+    Raises: ValueError for a setting that does not go with the model.
+    """
     run = run_settings(args.model)
-    tiny, is_teacher = net.config.num_classes == len(fashion.CLASSES), net.config.head == "velocity"
+    tiny, head = net.config.num_classes == len(fashion.CLASSES), net.config.head
+    is_teacher = head == "velocity"
     teacher = args.teacher or run.get("teacher", "tiny" if tiny else "")
     guidance, interval = GUIDANCE.get(args.model if is_teacher else teacher, (1.0, (0.0, 1.0)))
     if run:
@@ -339,14 +387,29 @@ def settle(args: argparse.Namespace, net: DiT) -> Settings:
     wrong = [label for label in args.classes if not 0 <= label < net.config.num_classes]
     if wrong:
         raise ValueError(f"--classes has {wrong[0]}; use 0 .. {net.config.num_classes - 1}")
+    for name, given, heads in (
+        ("h", args.h > 0, ("gmflow", "dx")),
+        ("temperature", args.temperature != 1, ("gmflow",)),
+        ("solver", args.solver == "exact", ("dx",)),
+        ("solver", args.solver != "", ("gmflow", "dx")),
+        ("compile", args.compile, ("gmflow", "dx")),
+    ):
+        if given and head not in heads:
+            value, what = getattr(args, name), "a teacher" if is_teacher else f"a {head} student"
+            raise ValueError(f"--{name} is {value}; it is of {' and '.join(heads)} students, "
+                             f"{args.model} is {what}")  # fmt: skip
+    if args.reference and tiny:
+        raise ValueError("--reference is for ImageNet; the tiny model has its own in assets/")
     return Settings(
         model=args.model,
         nfe=args.nfe or (64 if is_teacher else trained),
         trained_nfe=trained,
         guidance=guidance if args.guidance is None else args.guidance,
         interval=tuple(args.interval or interval),
-        substeps=args.substeps,
-        solver=args.solver or ("exact" if net.config.head == "dx" else "euler"),
+        substeps=args.substeps or run.get("substeps", 128),
+        solver=args.solver or run.get("solver", "exact" if head == "dx" else "euler"),
+        h=args.h,
+        temperature=args.temperature,
         bf16=args.bf16,
         seed=args.seed,
         classes=tuple(args.classes),
@@ -357,20 +420,9 @@ def settle(args: argparse.Namespace, net: DiT) -> Settings:
     )
 
 
-def check_folder(out: Path, settings: Settings) -> None:
-    """Raises: ValueError if --out holds images that were made in another way."""
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    before = json.loads(runs.read_text(out / "settings.json") or "{}")
-    for name, value in now.items():
-        if before.get(name, value) != value:
-            raise ValueError(
-                f"--out {out} holds images with {name} = {before[name]!r}, not {value!r}; choose "
-                "another --out or delete it"
-            )
-    write_json(out / "settings.json", now)
-
-
-def report(args: argparse.Namespace, settings: Settings, net: DiT, out: Path, device) -> dict:
+def report(
+    args: argparse.Namespace, settings: Settings, net: DiT, inception, out: Path, device
+) -> dict:
     """Gathers the parts; writes pictures, samples.npz and metrics.json; prints the table."""
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         target = Path(scratch) / "images.npy"
@@ -387,8 +439,8 @@ def report(args: argparse.Namespace, settings: Settings, net: DiT, out: Path, de
         if net.config.num_classes == len(fashion.CLASSES):
             if args.count > fashion.FEATURE_WIDTH:
                 metrics |= tiny_metrics(images, labels)
-        elif args.reference:
-            metrics |= imagenet_metrics(images, args.reference, args.inception, device)
+        elif inception:
+            metrics |= imagenet_metrics(inception, images, args.reference, device)
         if args.npz:
             with runs.writing(out / "samples.npz") as temporary, temporary.open("wb") as file:
                 np.savez(file, arr_0=images, arr_1=labels.numpy())
@@ -408,16 +460,20 @@ def main(argv: list[str] | None = None) -> None:
         settings = settle(args, net)
         name = f"{Path(args.model.rstrip('/')).stem}-{net.config.head}-nfe{settings.nfe}"
         out = Path(args.out or Path("outputs/samples") / name)
-        teacher = None
+        teacher = inception = None
         if settings.pairs:
             teacher = open_model(settings.teacher, args.num_heads, 0.0, device)
+        runs.check_same(out / "settings.json", dataclasses.asdict(settings))
         if rank == 0:
-            check_folder(out, settings)
-        sample_parts(settings, args.count, net, teacher, out / "parts", place)
-        runs.from_first(None)
-        runs.total(torch.zeros(1, device=device))  # all parts are there
-        if rank == 0:
-            report(args, settings, net, out, device)
+            if args.reference:
+                inception = load_inception(args.inception, device)
+            write_json(out / "settings.json", dataclasses.asdict(settings))
+            runs.remove_leftovers(out / "parts")
+        runs.from_first(None)  # only then may others write
+        sample_parts(settings, args.count, net, teacher, out / "parts", place, args.compile)
+        runs.total(torch.zeros(1, device=device)).item()  # all parts are there
+    if rank == 0:
+        report(args, settings, net, inception, out, device)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +17,15 @@ import torch
 from fake_cuda import backward as fake_backward
 from fake_cuda import needs_fake_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
+from two_processes import ONE_THREAD, ROOT, run_two
 
 import cache_imagenet_latents
 import distill_dit_imagenet as distill
 import runs
+import sample_dit_imagenet
 from dit import DiT, DiTConfig, guided_teacher, load_dit, save_dit
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample
 
-ROOT = Path(__file__).parent.parent
 SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10)
 CPU = torch.device("cpu")
 
@@ -44,9 +45,13 @@ def teacher_file(tmp_path) -> str:
 
 
 def flags(teacher: str, out, **changes) -> list[str]:
+    """The tiny preset, made smaller; whatever a test relies on is said here, not there."""
     options = {"teacher": teacher, "out": out, "components": 3, "batch": 5, "substeps": 4}
+    options["intermediates"] = 2
     options |= {"warmup": 2, "iterations": 6, "log_every": 2, "save_every": 2, "picture_every": 0}
-    options |= {"guidance": 1.5, "dropout": 0.3, "device": "cpu", "lr": 1e-3, "time_weight": 0.0}
+    options |= {"guidance": 1.5, "guidance_high": 0.8, "dropout": 0.3, "device": "cpu", "lr": 1e-3}
+    options |= {"time_weight": 0.0, "loss_scale": 1.0, "intermediates": 2, "solver": "ab2"}
+    options |= {"beta2": 0.99, "clip": 1.0, "clip_start": 0, "ema_start": 0, "lr_decay": "cosine"}
     items = (options | changes).items()
     return [text for name, value in items for text in ("--" + name.replace("_", "-"), str(value))]
 
@@ -149,11 +154,18 @@ def test_overrides_reach_the_config():
         (["--latents", "x"], "--latents"),
         (["--teacher", "no/such"], "no file no/such"),
         (["--nfe", "2", "--latents", "nowhere"], "--latents nowhere"),
+        (["--guidance-low", "0.9"], "--guidance-low is 0.9; it must not be above --guidance-high"),
+        (["--num-heads", "5"], "num_heads is 5"),
+        (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
+        (["--logger", "wandb"], "pip install wandb"),
+        (["--device", "cuda:99"], "--device 'cuda:99' is not available"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, given, named):
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, given, named):
     out = tmp_path / "run"
-    with pytest.raises((ValueError, OSError)) as error:
+    for package in ("wandb", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises((ValueError, OSError, ImportError)) as error:
         distill.main(["--out", str(out), "--device", "cpu", *given])
     assert named in str(error.value) and not out.exists()
 
@@ -161,7 +173,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, given, named):
 def test_a_run_with_other_settings_is_not_continued(tmp_path, teacher_file):
     distill.main(flags(teacher_file, tmp_path / "run", iterations=1))
     before = newest(tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a run with lr = 0.001, this one has 0.1"):
+    with pytest.raises(ValueError, match="is of a run with lr = 0.001, this one has 0.1"):
         distill.main(flags(teacher_file, tmp_path / "run", iterations=1, lr=0.1))
     distill.main(flags(teacher_file, tmp_path / "run", iterations=1, micro_batch=2))  # may change
     assert_same_weights(before, newest(tmp_path / "run"))
@@ -372,7 +384,8 @@ def test_two_evaluations_learn(tmp_path, teacher_file, data):
     assert errors[0] < errors[1]
 
 
-def test_interrupted_equals_uninterrupted(tmp_path, teacher_file, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_equals_uninterrupted(tmp_path, teacher_file, monkeypatch, capsys, number):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     distill.main(flags(teacher_file, whole, lr_decay="cosine"))
     original, calls = distill.backward, []
@@ -380,13 +393,13 @@ def test_interrupted_equals_uninterrupted(tmp_path, teacher_file, monkeypatch, c
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*args)
 
     monkeypatch.setattr(distill, "backward", interrupted)
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     distill.main(flags(teacher_file, parts, lr_decay="cosine"))
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert signal.getsignal(number) == handler
     assert "iteration 3 of 6" in capsys.readouterr().out and newest(parts)["iteration"] == 3
     distill.main(flags(teacher_file, parts, lr_decay="cosine"))
     assert len(calls) == 6
@@ -398,6 +411,94 @@ def test_interrupted_equals_uninterrupted(tmp_path, teacher_file, monkeypatch, c
     assert stats(parts)[-1]["iteration"] == 6
     assert [r["loss"] for r in stats(whole) if r["iteration"] == 6] == [stats(parts)[-1]["loss"]]
     assert len(runs.list_files(parts / "checkpoints", "step_")) == 2  # --keep
+
+
+def test_the_second_ctrl_c_kills_the_second_sigterm_does_not():
+    with runs.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    with runs.Stop() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
+def test_killed_between_checkpoint_and_student(tmp_path, teacher_file, monkeypatch):
+    """At the end of the training: the same command again must leave the last student."""
+    out = tmp_path / "run"
+    for module, name in ((distill, "save_dit"), (torch, "save")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(module, name, lambda *_: sys.exit("killed"))
+            distill.main(flags(teacher_file, out, iterations=2))
+    distill.main(flags(teacher_file, out, iterations=2))
+    student = load_dit(out / "student.safetensors").state_dict()
+    assert all(torch.equal(student[key], value) for key, value in newest(out)["ema"].items())
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path, teacher_file):
+    """kill -9 five times: once while it starts, then some time after a new checkpoint."""
+
+    def start_run(out) -> subprocess.Popen:
+        options = {"iterations": 90, "log_every": 2, "picture_every": 14}
+        command = [sys.executable, str(ROOT / "distill_dit_imagenet.py")]
+        command += flags(teacher_file, out, teacher_steps=2, lr_decay="cosine", **options)
+        return subprocess.Popen(command, env=ONE_THREAD)
+
+    def checkpoints(out) -> list[str]:
+        return runs.list_files(out / "checkpoints", "step_")
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start_run(whole).wait(timeout=300) == 0
+    for delay in (None, *np.random.default_rng(0).uniform(0, 0.4, 4)):
+        process, before = start_run(killed), checkpoints(killed)
+        while delay is not None and checkpoints(killed)[-1:] == before[-1:]:
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(1.5 if delay is None else delay)
+        assert process.poll() is None  # else it had ended before it could be killed
+        process.kill()
+        process.wait()
+    assert start_run(killed).wait(timeout=300) == 0
+
+    assert_same_weights(newest(whole), newest(killed))
+    a, b = ((out / "student.safetensors").read_bytes() for out in (whole, killed))
+    assert a == b
+    assert [(r["iteration"], r["loss"]) for r in stats(whole)] == [
+        (r["iteration"], r["loss"]) for r in stats(killed)
+    ]
+    files = ({str(f.relative_to(out)) for f in out.rglob("*")} for out in (whole, killed))
+    assert next(files) == next(files)  # nothing half written is left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_torchrun(tmp_path, teacher_file, number):
+    """Two processes stop after the same iteration and save; one process goes on from there."""
+    out, options = tmp_path / "run", {"log_every": 1, "iterations": 100_000}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "distill_dit_imagenet.py")]
+    command += flags(teacher_file, out, save_every=1_000_000, **options)
+    process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    try:
+        while not (out / "stats.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        text = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert text.count("stopped; run the same command again to continue") == 1  # by rank 0
+    stopped = newest(out)["iteration"]
+    assert 0 < stopped < 100_000 and stats(out)[-1]["iteration"] == stopped
+    options["iterations"] = stopped + 2
+    distill.main(flags(teacher_file, out, **options))
+    distill.main(flags(teacher_file, tmp_path / "whole", **options))
+    losses = ([record["loss"] for record in stats(o)][-2:] for o in (out, tmp_path / "whole"))
+    assert next(losses) == pytest.approx(next(losses), rel=1e-3)
 
 
 def test_kill_while_a_checkpoint_is_written(tmp_path, teacher_file):
@@ -439,20 +540,54 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, capsys, damage):
     assert "damaged checkpoint step_00000004.pt" in capsys.readouterr().out
 
 
+def test_any_wrong_bit_of_a_checkpoint_is_found_or_harmless(tmp_path):
+    run, _, _ = start(settings(out=tmp_path))
+    run.save()
+    path = tmp_path / "checkpoints" / "step_00000000.pt"
+    data, state, damaged = path.read_bytes(), newest(tmp_path), 0
+    for place in np.random.default_rng(0).integers(len(data) - 5000, len(data), 100):
+        wrong = bytearray(data)
+        wrong[place] ^= 1 << int(place % 8)
+        path.write_bytes(wrong)
+        try:
+            assert_same_weights(runs.read_checkpoint(path), state)
+        except ValueError:
+            damaged += 1
+    assert damaged > 30
+
+
+def test_a_node_without_the_folder_says_so(tmp_path, monkeypatch):
+    run, _, _ = start(settings(out=tmp_path))
+    monkeypatch.setattr(runs, "from_first", lambda value: "step_00000002.pt")  # as rank 0 says
+    with pytest.raises(FileNotFoundError, match="rank 1 does not see step_00000002.pt; all nodes"):
+        run.restore(rank=1)
+
+
+def test_pictures_need_not_wait_for_a_line_of_the_log(tmp_path, teacher_file):
+    changes = {"iterations": 5, "log_every": 3, "picture_every": 2, "teacher_steps": 2}
+    distill.main(flags(teacher_file, tmp_path, **changes))
+    pictures = [f"step_0000000{i}.png" for i in (2, 4, 5)]
+    assert runs.list_files(tmp_path / "pictures") == pictures
+    lines = {record["iteration"]: "endpoint_rmse" in record for record in stats(tmp_path)}
+    assert lines == {2: True, 3: False, 4: True, 5: True}
+
+
 def test_not_finite_is_skipped_and_counted(tmp_path, teacher_file, monkeypatch):
     original, calls = distill.backward, []
 
     def sometimes(config, student, *rest):
         loss, by_t = original(config, student, *rest)
         calls.append(1)
-        if len(calls) in (2, 4):
+        if len(calls) in (2, 4, 6):
             next(student.net.parameters()).grad.fill_(math.nan)
         return loss, by_t
 
     monkeypatch.setattr(distill, "backward", sometimes)
     distill.main(flags(teacher_file, tmp_path / "run"))
-    assert newest(tmp_path / "run")["skipped"] == 2 and stats(tmp_path / "run")[-1]["skipped"] == 2
-    assert all(value.isfinite().all() for value in newest(tmp_path / "run")["student"].values())
+    assert stats(tmp_path / "run")[-1]["skipped"] == 3
+    last = newest(tmp_path / "run")  # the last iteration's too, though it changed nothing
+    assert (last["iteration"], last["skipped"]) == (6, 3)
+    assert all(value.isfinite().all() for value in last["student"].values())
 
 
 def test_never_finite_stops_with_the_weights_from_before(tmp_path, teacher_file, monkeypatch):
@@ -485,29 +620,75 @@ def test_remote_run(teacher_file, tmp_path):
     assert runs.list_files(runs.join(out, "pictures"), "step_")
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+@pytest.fixture
+def bucket(monkeypatch) -> str:
+    """An S3 server on this machine with one empty bucket, and credentials that it takes."""
+    server_of, s3fs = pytest.importorskip("moto.server"), pytest.importorskip("s3fs")
+    server = server_of.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # one that was opened with other variables
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_run_in_an_s3_bucket(teacher_file, tmp_path, bucket, monkeypatch, capsys):
+    """Interrupted, continued behind a damaged checkpoint, and its student sampled: as on a disk."""
+    remote, local, original, calls = f"{bucket}/deep/run", tmp_path / "local", distill.backward, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "backward", interrupted)
+        distill.main(flags(teacher_file, remote))
+    checkpoints = runs.join(remote, "checkpoints")
+    assert runs.list_files(checkpoints) == ["step_00000004.pt", "step_00000005.pt"]
+    runs.write_text(runs.join(checkpoints, "step_00000005.pt"), "half a checkpoint")
+    distill.main(flags(teacher_file, remote))
+    assert "skipping the damaged checkpoint step_00000005.pt" in capsys.readouterr().out
+    distill.main(flags(teacher_file, local))
+
+    assert_same_weights(newest(remote), newest(local))
+    assert [record["iteration"] for record in stats(remote)] == [2, 4, 6]
+    assert runs.list_files(checkpoints) == ["step_00000005.pt", "step_00000006.pt"]
+    there = ["checkpoints", "config.json", "stats.jsonl", "student.safetensors"]
+    assert runs.list_files(remote) == there
+    another = sys.modules["s3fs"].S3FileSystem(skip_instance_cache=True)
+    another.pipe_file(f"{remote}/another", b"another machine wrote this")
+    assert runs.list_files(remote) == ["another", *there]
+    with pytest.raises(ValueError, match="is of a run with seed = 0"):
+        distill.main(flags(teacher_file, remote, seed=1))
+
+    images = []
+    for name, model in (("a", remote), ("b", str(local))):
+        options = ["--count", "4", "--substeps", "4", "--device", "cpu", "--npz"]
+        sample_dit_imagenet.main([model, "--out", str(tmp_path / name), *options])
+        images.append(np.load(tmp_path / name / "samples.npz")["arr_0"])
+    assert images[0].std() > 10 and np.array_equal(*images)
 
 
 def test_two_processes_equal_one(tmp_path, teacher_file):
-    """Five samples, two at a time, on two processes, data-free: the same losses and weights."""
+    """Five samples, two at a time, recomputed, data-free, on two processes: the same numbers."""
     options = {"nfe": 2, "iterations": 3, "log_every": 1, "guidance": 1.5}
     distill.main(flags(teacher_file, tmp_path / "one", **options))
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "distill_dit_imagenet.py")]
-    command += flags(teacher_file, tmp_path / "two", micro_batch=2, **options)
-    started = [
-        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
+    options |= {"micro_batch": 2}
+    argv = [*flags(teacher_file, tmp_path / "two", **options), "--checkpointing"]
+    run_two("distill_dit_imagenet.py", argv)
     one, two = stats(tmp_path / "one"), stats(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -527,7 +708,7 @@ def test_the_tiny_preset_runs(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json", "stats.jsonl", "student.safetensors", "checkpoints", "pictures"
     }  # fmt: skip
-    assert load_dit(tmp_path / "student.safetensors").config.components == 8
+    assert load_dit(tmp_path / "student.safetensors").config.components == distill.TINY.components
 
 
 @pytest.mark.slow
@@ -574,14 +755,19 @@ def test_cached_latents_come_back(tmp_path, monkeypatch):
     cache_imagenet_latents.main([*command, "--device", "cpu"])
     assert len(runs.list_files(out, "latents_")) == 3
 
-    latents = distill.Latents(str(out))
+    net = dataclasses.replace(SMALL, latent_size=2)
+    latents = distill.Latents(str(out), net)
     assert latents.labels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 1, 1]
-    found = [np.asarray(Image.open(tmp_path / "images" / "n0" / f"{i}.png")) for i in (0, 2)]
-    for item, pixels in enumerate([*found, *(image[:, ::-1] for image in found)]):
+    shards, found = ([(0, 0), (0, 2)], [(0, 4), (1, 1)], [(1, 3)]), []  # (class, image)
+    for shard in shards:
+        names = [tmp_path / "images" / f"n{label}" / f"{i}.png" for label, i in shard]
+        plain = [np.asarray(Image.open(name)) for name in names]
+        found += [*plain, *(image[:, ::-1] for image in plain)]
+    for item, pixels in enumerate(found):
         mean = torch.tensor(pixels[::8, ::8] / 127.5 - 1).permute(2, 0, 1)[[0, 1, 2, 0]] * 0.18215
         noise = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(3))
         x_0, label = latents.draw(item, torch.Generator().manual_seed(3))
-        assert label == 0 and x_0.dtype == torch.float32
+        assert label == latents.labels[item] and x_0.dtype == torch.float32
         expected = mean + (mean.abs() + 0.5 * 0.18215) * noise
         assert torch.allclose(x_0.double(), expected, atol=1e-3)
 
@@ -591,7 +777,14 @@ def test_cached_latents_come_back(tmp_path, monkeypatch):
     cache_imagenet_latents.main([*command, "--device", "cpu"])
     assert (out / "latents_00000.npy").stat().st_mtime_ns == before
     assert (out / "latents_00002.npy").read_bytes() == content
-    assert distill.Latents(str(out)).labels.tolist() == latents.labels.tolist()
+    assert distill.Latents(str(out), net).labels.tolist() == latents.labels.tolist()
+
+    with pytest.raises(ValueError, match="with shard = 2, this one has 3"):
+        cache_imagenet_latents.main([*command, "--shard", "3", "--device", "cpu"])
+    with pytest.raises(ValueError, match=r"images of \(2, 4, 2, 2\); this teacher needs"):
+        distill.Latents(str(out), SMALL)
+    with pytest.raises(ValueError, match="has the label 1; the teacher knows 0 .. 0"):
+        distill.Latents(str(out), dataclasses.replace(net, num_classes=1))
 
 
 def test_images_are_cropped_to_the_centre(tmp_path):
@@ -625,6 +818,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, folder):
     runs.remove(path)
     runs.remove(path)
     assert runs.read_text(path) is None
+
+
+def test_errors_of_a_storage_are_for_the_user(monkeypatch):
+    """Whatever kind its library raises, as without credentials."""
+    import fsspec
+
+    class NoCredentials(Exception):
+        pass
+
+    def fail(*_):
+        raise NoCredentials("unable to locate credentials")
+
+    for name in ("get_file", "exists", "put_file", "rm_file"):
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), name, fail)
+    path = "memory://bucket/file"
+    calls = [runs.read_text, runs.list_files, runs.remove, lambda p: runs.write_text(p, "text")]
+    for call in calls:
+        with pytest.raises(OSError, match="memory://bucket/.*unable to locate credentials"):
+            call(path)
 
 
 def test_a_cut_line_of_the_log_is_dropped(tmp_path):

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from two_processes import run_two
 
 import fashion
 import runs
 import sample_dit_imagenet as sampling
 from dit import DiT, DiTConfig, guided_teacher, init_student_from_teacher, save_dit
 from piflow_minimal import DXPolicy, GMFlowPolicy, rollout
+from piflow_minimal import sample as follow
 
 SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=5)
 CPU = torch.device("cpu")
@@ -42,7 +47,7 @@ def files(tmp_path) -> dict[str, str]:
     save_dit(small_net(), teacher)
     save_dit(small_net("gmflow", 3), student)
     run = {"nfe": 2, "teacher": str(teacher), "guidance": 1.5}
-    run |= {"guidance_low": 0.0, "guidance_high": 0.5}
+    run |= {"guidance_low": 0.0, "guidance_high": 0.5, "solver": "exact", "substeps": 24}
     folder = tmp_path / "run"
     save_dit(small_net("dx", 4), folder / "student.safetensors")
     (folder / "config.json").write_text(json.dumps(run))
@@ -70,7 +75,7 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
 
 def test_image_i_is_drawn_from_seed_plus_i(files):
     net, labels = small_net("gmflow", 3), [0, 1, 2, 3, 4, 0, 1]
-    noise = sampling.noise_of(40, range(2, 5), net)
+    noise, _ = sampling.noise_of(40, range(2, 5), net)
     for row, seed in zip(noise, (42, 43, 44), strict=True):
         torch.manual_seed(seed)
         assert torch.equal(row, torch.randn(4, 4, 4))
@@ -81,10 +86,11 @@ def test_image_i_is_drawn_from_seed_plus_i(files):
     assert sampling.labels_of(settings, range(1, 4), net).tolist() == [1, 3, 1]
 
 
-def test_images_do_not_depend_on_the_batch(files, tmp_path):
-    a = sample(files["student"], tmp_path / "a")
-    b = sample(files["student"], tmp_path / "b", "--batch", "7")
-    shifted = sample(files["student"], tmp_path / "c", "--seed", "5", "--classes", "0", "1")
+@pytest.mark.parametrize("how", [[], ["--nfe", "3", "--h", "1.5", "--temperature", "0.5"]])
+def test_images_do_not_depend_on_the_batch(files, tmp_path, how):
+    a = sample(files["student"], tmp_path / "a", *how)
+    b = sample(files["student"], tmp_path / "b", "--batch", "7", *how)
+    shifted = sample(files["student"], tmp_path / "c", "--seed", "5", "--classes", "0", "1", *how)
     assert a.std() > 20 and close(a, b)
     assert close(a[5:7], shifted[:2])  # image 5 of seed 0, class 0, is image 0 of seed 5
 
@@ -102,6 +108,23 @@ def test_images_do_not_depend_on_the_number_of_processes(files, tmp_path):
     assert one.shape == (7, 4, 4, 3) and np.array_equal(one, two)
 
 
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(tmp_path, monkeypatch):
+    """The program itself, with a network of ten classes, whose latents need no VAE."""
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    net = DiT(dataclasses.replace(SMALL, num_classes=10))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_dit(net, tmp_path / "ten.safetensors")
+    argv = [str(tmp_path / "ten.safetensors"), "--pairs", "0", "--nfe", "2", "--count", "7"]
+    argv += ["--batch", "2", "--device", "cpu", "--npz", "--out"]
+    sampling.main([*argv, str(tmp_path / "one")])
+    run_two("sample_dit_imagenet.py", [*argv, str(tmp_path / "two")])
+    one, two = (images(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 7 and len(np.unique(one.reshape(7, -1), axis=0)) == 7 and close(one, two)
+
+
 # -- what is sampled -------------------------------------------------------------------------------
 
 
@@ -116,22 +139,67 @@ def test_student_sample_is_the_policy_followed_to_the_end(files, tmp_path):
     assert close(pixels, expected)
 
 
-def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):
-    """Trained with two segments of 1/2, sampled in one step: the grid spans the upper half."""
-    pixels = sample(files["run"], tmp_path / "out", "--nfe", "1", "--pairs", "0")
-    net, labels = small_net("dx", 4), torch.arange(7) % 5
-    noise = sampling.noise_of(0, range(7), net)
-    policy = DXPolicy(net(noise, torch.ones(7), labels), noise, 1.0, segment_size=0.5)
-    x_0 = rollout(policy, noise, 1.0, 0.0, solver="exact")
-    expected = ((x_0[:, :3].clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+def test_noise_and_temperature_are_those_of_the_core(files, tmp_path):
+    """h > 0: the noise that image i gets comes from its generator, behind its first noise."""
+    pixels = sample(files["student"], tmp_path / "out", "--nfe", "2", "--h", "2",
+                    "--temperature", "0.3")  # fmt: skip
+    net, rows = small_net("gmflow", 3), []
+    for i in range(7):
+        generator = torch.Generator().manual_seed(i)
+        noise = torch.randn(1, 4, 4, 4, generator=generator)
+        student = sampling.dit_student(net, torch.tensor([i % 5]))
+        options = {"h": 2.0, "temperature": 0.3, "total_substeps": 8, "generator": generator}
+        rows.append(follow(student, noise, 2, **options))
+    expected = runs.to_pixels(torch.cat(rows)[:, :3].clamp(-1, 1)).numpy()
     assert close(pixels, expected)
+    for options in (["--h", "0"], ["--temperature", "1"]):  # both matter
+        other = ["--nfe", "2", "--h", "2", "--temperature", "0.3", *options]
+        assert not close(sample(files["student"], tmp_path / options[0], *other), pixels)
+
+
+def test_solver_and_substeps_reach_the_policy(files, tmp_path):
+    """Euler and Adams-Bashforth approach the same images, the second one faster."""
+
+    def images_by(solver: str, substeps: int) -> np.ndarray:
+        how = ["--solver", solver, "--substeps", str(substeps)]
+        return sample(files["student"], tmp_path / f"{solver}{substeps}", *how).astype(float)
+
+    fine = images_by("euler", 1024)
+    errors = [abs(images_by(*how) - fine).mean() for how in (("euler", 8), ("euler", 32))]
+    assert errors[1] < 0.5 * errors[0] and abs(images_by("ab2", 32) - fine).mean() < errors[1]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_compile_reaches_the_policy(files, tmp_path, monkeypatch, asked):
+    found = []
+
+    def spy(*args, compile, **options):
+        found.append(compile)
+        return follow(*args, **options)
+
+    monkeypatch.setattr(sampling, "sample", spy)
+    sample(files["student"], tmp_path / "out", *(["--compile"] if asked else []))
+    assert found == [asked] * 3
+
+
+def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):
+    """Trained with two segments, sampled in four steps: each grid still spans one half."""
+    pixels = sample(files["run"], tmp_path / "out", "--nfe", "4", "--pairs", "0")
+    net, labels = small_net("dx", 4), torch.arange(7) % 5
+    noise, _ = sampling.noise_of(0, range(7), net)
+
+    def student(x: torch.Tensor, t: torch.Tensor) -> DXPolicy:
+        return DXPolicy(net(x, t, labels), x, t, segment_size=0.5)
+
+    x_0 = follow(student, noise, 4, solver="exact")
+    assert close(pixels, runs.to_pixels(x_0[:, :3].clamp(-1, 1)).numpy())
 
 
 def test_teacher_takes_guided_euler_steps(files, tmp_path, capsys):
     options = ["--nfe", "3", "--guidance", "2", "--interval", "0", "0.5"]
     pixels = sample(files["teacher"], tmp_path / "out", *options)
     net, labels = small_net(), torch.arange(7) % 5
-    x, velocity = sampling.noise_of(0, range(7), net), guided_teacher(net, labels, 2.0, (0, 0.5))
+    x, velocity = sampling.noise_of(0, range(7), net)[0], guided_teacher(net, labels, 2.0, (0, 0.5))
     for t in (1.0, 2 / 3, 1 / 3):
         x = x - velocity(x, torch.full((7,), t)) / 3
     expected = ((x[:, :3].clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
@@ -145,8 +213,15 @@ def test_settings_come_from_the_run(files):
     args = sampling.parse([files["run"], "--pairs", "2"])
     settings = sampling.settle(args, small_net("dx", 4))
     assert (settings.nfe, settings.trained_nfe, settings.solver) == (2, 2, "exact")
+    assert settings.substeps == 24
     assert (settings.guidance, settings.interval) == (1.5, (0.0, 0.5))
     assert settings.teacher == files["teacher"]
+    args = sampling.parse([files["run"], "--pairs", "2", "--solver", "ab2", "--substeps", "8"])
+    settings = sampling.settle(args, small_net("dx", 4))
+    assert (settings.solver, settings.substeps) == ("ab2", 8)
+    args = sampling.parse([files["student"], "--pairs", "0"])  # a file does not say: as published
+    settings = sampling.settle(args, small_net("gmflow", 3))
+    assert (settings.solver, settings.substeps) == ("euler", 128)
 
 
 def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
@@ -159,7 +234,7 @@ def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
         for name in ("same", "other")
     )
     net, labels = small_net(), torch.arange(5)
-    noise, velocity = sampling.noise_of(0, range(5), net), guided_teacher(net, labels)
+    noise, velocity = sampling.noise_of(0, range(5), net)[0], guided_teacher(net, labels)
     ends = [runs.follow_teacher(velocity, noise, steps) for steps in (2, 4)]
     assert same < 1e-6
     assert other == pytest.approx((ends[0] - ends[1]).square().mean().sqrt().item(), rel=1e-4)
@@ -212,7 +287,7 @@ def test_more_images_may_follow(files, tmp_path):
 
 def test_other_settings_are_refused(files, tmp_path):
     before = sample(files["student"], tmp_path)
-    with pytest.raises(ValueError, match="holds images with seed = 0, not 1"):
+    with pytest.raises(ValueError, match="is of a run with seed = 0, this one has 1"):
         sample(files["student"], tmp_path, "--seed", "1")
     assert np.array_equal(images(tmp_path), before)
 
@@ -226,12 +301,42 @@ def test_other_settings_are_refused(files, tmp_path):
         (["--reference", "nowhere.npz"], "--reference nowhere.npz"),
         (["--classes", "5"], "--classes has 5; use 0 .. 4"),
         (["--pairs", "3"], "--pairs is 3; it needs --teacher"),
+        (["--h", "-1"], "--h is -1.0; it must be at least 0"),
+        (["--h", "nan"], "--h is nan"),
+        (["--temperature", "0"], "--temperature is 0.0"),
+        (["--guidance", "nan"], "--guidance is nan"),
+        (["--solver", "exact"], "--solver is exact; it is of dx students"),
+        (["--inception", "broken.pth", "--reference", "adm.npz"], "no file of tensors"),
+        (["--reference", "teacher.safetensors"], "is no readable .npz"),
+        (["--reference", "empty.npz"], "neither images"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, given, named):
+def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, monkeypatch, given, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", MagicMock())
+    np.savez("adm.npz", mu=np.ones(2), sigma=np.eye(2))
+    np.savez("empty.npz", x=np.ones(2))
+    Path("broken.pth").write_text("no weights")
     with pytest.raises((ValueError, OSError)) as error:
-        sampling.main([files["student"], "--out", str(tmp_path / "out"), "--device", "cpu", *given])
+        sampling.main([files["student"], "--out", "out", "--device", "cpu", *given])
     assert named in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "model, given, named",
+    [
+        ("teacher", ["--h", "1"], "--h is 1.0; it is of gmflow and dx students"),
+        ("teacher", ["--compile"], "--compile is True; it is of gmflow and dx students"),
+        ("teacher", ["--solver", "ab2"], "--solver is ab2; it is of gmflow and dx students"),
+        ("run", ["--temperature", "0.5"], "--temperature is 0.5; it is of gmflow students"),
+        ("student", ["--out", "s3://bucket/images"], "it must be a local folder"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_model(files, tmp_path, model, given, named):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError) as error:
+        sampling.main([files[model], "--out", str(out), "--device", "cpu", *given])
+    assert named in str(error.value) and not out.exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -272,7 +377,8 @@ def test_inception_metrics(tmp_path, monkeypatch):
         for pixels in (ours, real)
     )
     np.savez(tmp_path / "images.npz", arr_0=real)
-    found = sampling.imagenet_metrics(ours, str(tmp_path / "images.npz"), "", CPU)
+    net = sampling.load_inception("", CPU)
+    found = sampling.imagenet_metrics(net, ours, str(tmp_path / "images.npz"), CPU)
     assert found["fid"] == pytest.approx(numpy_fid(*moments(f), *moments(g)), rel=1e-4)
     assert found["inception_score"] >= 1
 
@@ -286,7 +392,7 @@ def test_inception_metrics(tmp_path, monkeypatch):
 
     statistics = {"mu": g.mean(0), "sigma": np.cov(g, rowvar=False)}
     np.savez(tmp_path / "statistics.npz", **statistics)
-    only = sampling.imagenet_metrics(ours, str(tmp_path / "statistics.npz"), "", CPU)
+    only = sampling.imagenet_metrics(net, ours, str(tmp_path / "statistics.npz"), CPU)
     assert only["fid"] == pytest.approx(found["fid"], rel=1e-5) and "recall" not in only
 
 
@@ -301,29 +407,35 @@ def test_reference_layouts(tmp_path):
     np.savez(tmp_path / "adm.npz", arr_0=pixels, mu=np.ones(4), sigma=np.eye(4), mu_s=np.ones(9))
     found, statistics = sampling.read_reference(str(tmp_path / "adm.npz"))
     assert np.array_equal(found, pixels) and statistics["sigma"].shape == (4, 4)
-    np.savez(tmp_path / "empty.npz", x=np.ones(2))
-    with pytest.raises(ValueError, match="neither images"):
-        sampling.read_reference(str(tmp_path / "empty.npz"))
+    for reference in (tmp_path, tmp_path / "adm.npz"):
+        sampling.check_reference(str(reference))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="a folder without images"):
+        sampling.check_reference(str(tmp_path / "nothing"))
 
 
-def test_missing_torch_fidelity_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
+def test_missing_torch_fidelity_is_one_line_before_anything_is_sampled(
+    files, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    np.savez(tmp_path / "adm.npz", mu=np.ones(2), sigma=np.eye(2))
+    argv = [files["student"], "--reference", str(tmp_path / "adm.npz"), "--device", "cpu"]
     with pytest.raises(ImportError, match="pip install torch-fidelity"):
-        sampling.load_inception("", CPU)
+        sampling.main([*argv, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
-def test_inception_weights_are_not_unpickled(tmp_path, monkeypatch):
-    import pickle
-
-    pytest.importorskip("torch_fidelity")
+def test_inception_weights_are_not_unpickled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", MagicMock())
 
     class Bomb:
         def __reduce__(self):
             return (print, ("executed",))
 
     torch.save({"weight": Bomb()}, tmp_path / "inception.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="is no file of tensors"):
         sampling.load_inception(str(tmp_path / "inception.pth"), CPU)
+    assert "executed" not in capsys.readouterr().out
 
 
 def test_tiny_student_is_judged_by_the_shipped_features(tmp_path, monkeypatch):
