@@ -83,10 +83,12 @@ def from_first(value):
 
 
 def is_remote(path: str | Path) -> bool:
+    """Whether a path goes through fsspec, as s3://bucket/run does."""
     return "://" in str(path)
 
 
 def join(folder: str | Path, *names: str) -> str:
+    """A path below a local or remote folder."""
     return "/".join([str(folder).rstrip("/"), *names])
 
 
@@ -178,6 +180,7 @@ def reading(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Writes a file, local or remote, as a whole."""
     with writing(path) as temporary:
         temporary.write_text(text)
 

@@ -165,6 +165,7 @@ def sample_parts(
 
 
 def part_file(folder: Path, start: int) -> Path:
+    """Where the part that begins with image `start` is kept."""
     return folder / f"part_{start:08d}.npz"
 
 
@@ -239,6 +240,7 @@ def inception_features(net: Callable, images: np.ndarray, device, batch: int = 6
 
 
 def reference_images(folder: str) -> list[Path]:
+    """The image files below a folder, in a fixed order."""
     kinds = {".png", ".jpg", ".jpeg", ".JPEG", ".webp"}
     return sorted(file for file in Path(folder).rglob("*") if file.suffix in kinds)
 
@@ -305,6 +307,7 @@ def imagenet_metrics(net: Callable, images: np.ndarray, reference: str, device) 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags. Raises: ValueError or OSError, one line, for a value that no run could use."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s MODEL [--SETTING VALUE ...]",
         description=__doc__.split("\n")[0],
