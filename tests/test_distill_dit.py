@@ -21,6 +21,7 @@ from two_processes import ONE_THREAD, ROOT, run_two
 
 import cache_imagenet_latents
 import distill_dit_imagenet as distill
+import fashion
 import runs
 import sample_dit_imagenet
 from dit import DiT, DiTConfig, guided_teacher, load_dit, save_dit
@@ -711,12 +712,24 @@ def test_the_tiny_preset_runs(tmp_path):
     assert load_dit(tmp_path / "student.safetensors").config.components == distill.TINY.components
 
 
+def test_the_shipped_student_follows_the_shipped_teacher():
+    """Its one evaluation against one and 32 guided steps of the teacher from the same noises."""
+    net, teacher = load_dit(fashion.ASSETS / "tiny_student.safetensors"), load_dit(fashion.TEACHER)
+    noise = torch.randn(20, 4, 14, 14, generator=torch.Generator().manual_seed(5))
+    labels, tiny = torch.arange(20) % 10, distill.PRESETS["tiny"]
+    interval = (tiny.guidance_low, tiny.guidance_high)
+    velocity = guided_teacher(teacher, labels, tiny.guidance, interval)
+    few, many = (runs.follow_teacher(velocity, noise, steps) for steps in (1, 32))
+    with torch.no_grad():
+        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=16, solver="ab2")
+    errors = [(x - many).square().mean().sqrt().item() for x in (few, x_0)]
+    assert net.config.components == tiny.components and errors[1] < 0.6 * errors[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset, limit", [("tiny", 100), ("tiny-dx", 150)])
 def test_tiny_student_leaves_one_euler_step_behind(tmp_path, preset, limit):
     """200 iterations. One Euler step of the teacher has a Frechet distance of about 400."""
-    import fashion
-
     options = ["--iterations", "200", "--picture-every", "0", "--device", "cpu"]
     distill.main(["--preset", preset, "--out", str(tmp_path), *options])
     net, labels = load_dit(tmp_path / "student.safetensors"), torch.arange(500) % 10
