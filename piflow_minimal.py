@@ -553,8 +553,9 @@ def pi_id_loss(
         if r == 0:  # the policy walks alone: one pass through all intermediate times
             waypoints = torch.cat([tau[None], tau_a, tau_dst[None]])
             *states, x_dst = _walk(actor, x, waypoints, shift, S, solver, bound(1))
-            all_at_once = [(torch.cat(states), t_a.flatten())]
-            asked = all_at_once if one_call else zip(states, t_a, strict=True)
+            asked = zip(states, t_a, strict=True)
+            if one_call:
+                asked = [(torch.cat(states), t_a.flatten())]
             targets = [_wide(teacher(x_a, t)) for x_a, t in asked]
         else:  # in turns: the policy walks to tau_a, one Euler step of the teacher leads to tau_b
             states, targets, tau_before = [], [], tau
