@@ -174,9 +174,9 @@ class GMFlowPolicy:
             w_k  = softmax_k( log A_k + m_k . (nu - zeta m_k/2) / d )
             x_0  = (var nu + sum_k w_k m_k) / d,             pi = (x - x_0) / t
 
-        Means and states are measured from one center c, which shifts nu to nu - zeta c (`query`)
-        and leaves the result as it is; and in the last line what cancels as t -> 0 is cancelled on
-        paper. Both keep float32 exact where zeta is huge.
+        Means and states are measured from one center c, which shifts nu to nu - zeta c (`query`
+        is that over d) and leaves the result as it is; and in the last line what cancels as t -> 0
+        is cancelled on paper. Both keep float32 exact where zeta is huge.
         """
         t = _batch(t, x, "t") if not isinstance(t, Tensor) else t
         t = t.reshape(-1, 1, 1).clamp(min=EPS)
@@ -385,7 +385,8 @@ def _walk(
     t = shift_time(tau, shift)  #                                                 (steps + 1, B)
     dt = t.diff(dim=0)
     x, u_before = _wide(x), None
-    velocity = _compiled(policy, x, t[0]) if compile else policy.velocity
+    fast = compile and solver != "exact"  # which takes one step, and no velocity
+    velocity = _compiled(policy, x, t[0]) if fast else policy.velocity
     states = [x] * (len(arrival) - 1)
     if callback:
         callback(0, tau[0], x)
