@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from helpers import atomic, pick_device, run_cli, save_figure, write_json
+from common.cli import atomic, pick_device, run_cli, save_figure, write_json
 from piflow_minimal import (
     EPS,
     DXPolicy,

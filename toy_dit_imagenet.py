@@ -9,7 +9,7 @@ The picture shows the teacher's trajectory above the policy's for the same noise
 how far apart they end. With --teacher repa or fm the defaults are the published ones: K = 32, 5000
 iterations, Adam 5e-3, 2 intermediates, guidance 4, seed 42, class "jay", 128 Euler substeps, plain
 loss. The tiny teacher is a stand-in trained on Fashion-MNIST (see assets/README.md), on the same
-code path. The training loop is `fit` in static_toy.py.
+code path. The training loop is `fit` in common/static_policy.py.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-import fashion
-from dit import guided_teacher, load_dit
-from helpers import pick_device, run_cli
+from imagenet import fashion
+from imagenet.dit import guided_teacher, load_dit
+from common.cli import pick_device, run_cli
 from runs import load_decoder
-from static_toy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
+from common.static_policy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
 
 HUB = "Lakonik/pi-Flow-ImageNet/teachers/"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

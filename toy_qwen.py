@@ -7,7 +7,7 @@
 The same as toy_dit_imagenet.py with another teacher: Qwen-Image (20 billion parameters) with
 classifier-free guidance, one prompt, one noise. The defaults are the published ones: K = 32, 5000
 iterations, Adam 5e-3, 2 intermediates, guidance 4, shift 3.2, 1360 x 768, plain loss, 128 Euler
-substeps. The policy, its training, the figures and metrics.json are those of static_toy.py.
+substeps. The policy, its training, the figures and metrics.json are those of common/static_policy.py.
 
 The text encoder (7 billion parameters) is loaded first and freed before the transformer is loaded;
 --prompt-cache keeps what it made of the prompt in a file, so that it is needed only once. --tiny
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import diffusers_models as dm
-from helpers import atomic, pick_device, run_cli
+import text_to_image.pipelines as dm
+from common.cli import atomic, pick_device, run_cli
 from piflow_minimal import guided_velocity
-from static_toy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
+from common.static_policy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
 
 SHIFT = 3.2
 OFFLOADS = ("none", "group")  # there is only one large component at a time

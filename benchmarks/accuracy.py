@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fashion
+from imagenet import fashion
 from benchmarks.timing import print_table
-from dit import dit_student, load_dit
-from helpers import keep_freed_memory, run_cli
+from imagenet.dit import dit_student, load_dit
+from common.cli import keep_freed_memory, run_cli
 from piflow_minimal import DXPolicy, Policy, rollout
 from toy_2d import make_density, train
 

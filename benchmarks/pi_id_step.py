@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import peak_memory, print_table, synchronize
-from dit import PRESETS, DiT, dit_student, guided_teacher, init_student_from_teacher
-from helpers import keep_freed_memory, pick_device, run_cli
+from imagenet.dit import PRESETS, DiT, dit_student, guided_teacher, init_student_from_teacher
+from common.cli import keep_freed_memory, pick_device, run_cli
 from piflow_minimal import Policy, pi_id_loss
 
 PARTS = ("teacher", "student forward", "student backward", "rollout", "policy gradient", "adam")
@@ -86,7 +86,7 @@ def make(depth: int, components: int, batch: int, walk: dict, device: torch.devi
 
 
 def step(case: Case, device: torch.device, clock: Clock) -> None:
-    """What distill_dit_imagenet.py does for one micro-batch, in parts."""
+    """What imagenet.distill does for one micro-batch, in parts."""
     config = case.teacher.config
     noise = torch.randn(case.batch, config.channels, config.latent_size, config.latent_size)
     labels = torch.arange(case.batch, device=device) % config.num_classes

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import in_turns, print_table
-from helpers import keep_freed_memory, pick_device, run_cli
+from common.cli import keep_freed_memory, pick_device, run_cli
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, Policy, rollout
 
 SUBSTEPS = 128

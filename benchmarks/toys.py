@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fashion
+from imagenet import fashion
 from benchmarks.timing import print_table
-from dit import guided_teacher, load_dit
-from helpers import run_cli, save_figure
-from static_toy import ToySettings, fit_and_compare, follow_teacher, psnr_db
+from imagenet.dit import guided_teacher, load_dit
+from common.cli import run_cli, save_figure
+from common.static_policy import ToySettings, fit_and_compare, follow_teacher, psnr_db
 from toy_2d import (
     Board,
     Student,

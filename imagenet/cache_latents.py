@@ -1,7 +1,7 @@
-"""Encodes an image folder with the VAE, for distill_dit_imagenet.py with more than one evaluation.
+"""Encodes an image folder with the VAE, for imagenet.distill with more than one evaluation.
 
-    python cache_imagenet_latents.py IMAGENET/train LATENTS
-    torchrun --nproc-per-node 8 cache_imagenet_latents.py IMAGENET/train LATENTS
+    python -m imagenet.cache_latents IMAGENET/train LATENTS
+    torchrun --nproc-per-node 8 -m imagenet.cache_latents IMAGENET/train LATENTS
 
 The folder has one subfolder per class; sorted by name they are the classes 0, 1, 2, ... Every image
 is cropped to a centred square, resized to --size, and encoded twice, as it is and mirrored. One
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import runs
-from helpers import run_cli, write_json
+import imagenet.distributed as runs
+from common.cli import run_cli, write_json
 
 KINDS = {".jpg", ".jpeg", ".png", ".webp"}
 

@@ -1,14 +1,14 @@
 """Distils a DiT teacher into a student of one or two network evaluations: the paper's main result.
 
-    python distill_dit_imagenet.py                               # tiny: Fashion-MNIST, on a CPU
-    torchrun --nproc-per-node 2 distill_dit_imagenet.py          # the same on two cores: faster
-    python distill_dit_imagenet.py --nfe 2 --components 32       # any setting can be overridden
-    python distill_dit_imagenet.py --preset tiny-dx              # the DX policy
-    python distill_dit_imagenet.py --preset gm-repa-1nfe         # ImageNet 256, one GPU
-    torchrun --nproc-per-node 8 distill_dit_imagenet.py --preset gm-repa-1nfe        # one node
+    python -m imagenet.distill                               # tiny: Fashion-MNIST, on a CPU
+    torchrun --nproc-per-node 2 -m imagenet.distill          # the same on two cores: faster
+    python -m imagenet.distill --nfe 2 --components 32       # any setting can be overridden
+    python -m imagenet.distill --preset tiny-dx              # the DX policy
+    python -m imagenet.distill --preset gm-repa-1nfe         # ImageNet 256, one GPU
+    torchrun --nproc-per-node 8 -m imagenet.distill --preset gm-repa-1nfe        # one node
     torchrun --nnodes 4 --node-rank R --nproc-per-node 8 --master-addr HOST \\
-        distill_dit_imagenet.py --preset gm-repa-1nfe --out s3://bucket/run          # several nodes
-    torchrun --nproc-per-node 8 distill_dit_imagenet.py --preset gm-repa-2nfe --latents LATENTS
+        -m imagenet.distill --preset gm-repa-1nfe --out s3://bucket/run          # several nodes
+    torchrun --nproc-per-node 8 -m imagenet.distill --preset gm-repa-2nfe --latents LATENTS
 
 `--preset` names the published runs; `--help` lists every setting. Run the same command again to
 continue an interrupted run: it goes on as if nothing had happened. SIGTERM and Ctrl-C finish the
@@ -17,14 +17,14 @@ them see.
 
 **One network evaluation needs no images.** The segment starts at t = 1, in pure noise: labels and
 noise are all there is (Algorithms 2 and 3 are the same for nfe = 1). With more evaluations the
-student learns from cached latents if there are any (--latents, see cache_imagenet_latents.py;
+student learns from cached latents if there are any (--latents, see imagenet.cache_latents;
 Algorithm 2), otherwise from its own trajectories (data-free, Algorithm 3).
 
 A step sees --batch samples, whatever the number of processes and --micro-batch. What is drawn for a
 sample depends on the seed, the iteration and the sample's place in the batch alone.
 
 In --out: config.json, stats.jsonl, student.safetensors (the moving average, for
-sample_dit_imagenet.py), checkpoints/, pictures/.
+imagenet.sample), checkpoints/, pictures/.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import runs
-from dit import (
+import imagenet.distributed as runs
+from imagenet.dit import (
     DiT,
     DiTConfig,
     dit_student,
@@ -55,7 +55,7 @@ from dit import (
     load_dit,
     save_dit,
 )
-from helpers import run_cli
+from common.cli import run_cli
 from piflow_minimal import PiIDLoss, Policy, pi_id_loss, sample, segment_of
 
 BINS = 10  # of t, for the loss in stats.jsonl
@@ -88,7 +88,7 @@ class Config:
     policy: str = setting("gmflow", "gmflow or dx")
     components: int = setting(32, "K of a gmflow policy, N of a dx policy")
     nfe: int = setting(1, "segments, one network evaluation each")
-    latents: str = setting("", "of cache_imagenet_latents.py, for nfe > 1; empty: data-free")
+    latents: str = setting("", "of imagenet.cache_latents, for nfe > 1; empty: data-free")
 
     iterations: int = setting(140_000, "optimizer steps")
     batch: int = setting(4096, "samples per step, over all processes")
@@ -239,7 +239,7 @@ class Draws(NamedTuple):
 
 
 class Latents:
-    """Latents that cache_imagenet_latents.py wrote, memory-mapped.
+    """Latents that imagenet.cache_latents wrote, memory-mapped.
 
     Raises: ValueError if there are none, or if they are not what the network `net` works on.
     """

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import fashion
-from helpers import atomic, pick_device
+from imagenet import fashion
+from common.cli import atomic, pick_device
 
 HUB = "Lakonik/pi-Flow-ImageNet/"
 TEACHERS = {  # short names: file, time_scale (0: as the file says)

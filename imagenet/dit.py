@@ -29,7 +29,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from helpers import atomic
+from common.cli import atomic
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, guided_velocity
 
 HEADS = ("velocity", "gmflow", "dx")

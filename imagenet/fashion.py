@@ -17,7 +17,7 @@ CLASSES = (
     "t-shirt/top", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 TEACHER = ASSETS / "tiny_teacher.safetensors"
 FEATURES = ASSETS / "tiny_features.safetensors"
 FEATURE_WIDTH = 64

@@ -1,8 +1,8 @@
 """Samples a DiT student or teacher, and measures it: FID, IS, precision, recall, endpoint error.
 
-    python sample_dit_imagenet.py outputs/tiny                # a run of distill_dit_imagenet.py
-    python sample_dit_imagenet.py tiny --nfe 8                # the teacher, 8 Euler steps
-    torchrun --nproc-per-node 8 sample_dit_imagenet.py MODEL --count 50000 --npz \\
+    python -m imagenet.sample outputs/tiny                # a run of imagenet.distill
+    python -m imagenet.sample tiny --nfe 8                # the teacher, 8 Euler steps
+    torchrun --nproc-per-node 8 -m imagenet.sample MODEL --count 50000 --npz \\
         --reference VIRTUAL_imagenet256_labeled.npz           # FID of 50,000 images
 
 MODEL is the folder of a run, a checkpoint file, owner/repository/path on the Hugging Face Hub
@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import fashion
-import runs
-from dit import DiT, dit_student, guided_teacher, load_dit
-from helpers import run_cli, write_json
+from imagenet import fashion
+import imagenet.distributed as runs
+from imagenet.dit import DiT, dit_student, guided_teacher, load_dit
+from common.cli import run_cli, write_json
 from piflow_minimal import sample
 
 # ---------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def open_model(name: str, num_heads: int, time_scale: float, device) -> DiT:
 
 
 def run_settings(name: str) -> dict:
-    """config.json of a run of distill_dit_imagenet.py; empty if `name` is something else."""
+    """config.json of a run of imagenet.distill; empty if `name` is something else."""
     if name in runs.TEACHERS or not (runs.is_remote(name) or Path(name).is_dir()):
         return {}
     settings = json.loads(runs.read_text(runs.join(name, "config.json")) or "{}")

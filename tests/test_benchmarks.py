@@ -76,7 +76,7 @@ def test_toys_measures_everything(monkeypatch, tmp_path):
 
 
 def small_settings(**options):
-    from static_toy import ToySettings
+    from common.static_policy import ToySettings
 
     return ToySettings(**options | {"teacher_steps": 8, "substeps": 8})
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import helpers
+import common.cli as helpers
 import toy_2d
 
 

@@ -1,4 +1,4 @@
-"""static_toy.py and toy_dit_imagenet.py: small real runs, exactly known teachers, bad input."""
+"""common/static_policy.py and toy_dit_imagenet.py: small real runs, exactly known teachers, bad input."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import fashion
+from imagenet import fashion
 import toy_dit_imagenet
-from dit import load_dit, save_dit
+from imagenet.dit import load_dit, save_dit
 from piflow_minimal import DXPolicy, GMFlowPolicy, pi_id_loss
-from static_toy import (
+from common.static_policy import (
     StaticPolicy,
     ToySettings,
     fit,
@@ -195,7 +195,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
 
 
 def test_students_and_foreign_files_are_no_teachers(tmp_path):
-    from dit import init_student_from_teacher
+    from imagenet.dit import init_student_from_teacher
 
     student = init_student_from_teacher(load_dit(fashion.TEACHER), "dx", 2)
     save_dit(student, tmp_path / "student.safetensors")

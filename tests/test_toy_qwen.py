@@ -1,6 +1,6 @@
 """The static toy on Qwen-Image: teacher, prompts and program, on small random models.
 
-The policy, its training and its figures are those of static_toy.py, tested in test_toy_dit.py.
+The policy, its training and its figures are those of common/static_policy.py, tested in test_toy_dit.py.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="needs requirements-extra.txt (transf
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-import diffusers_models as dm  # noqa: E402
+import text_to_image.pipelines as dm  # noqa: E402
 import toy_qwen  # noqa: E402
 from toy_qwen import QWEN, encode, guided_qwen, load_prompts, main, parse_arguments  # noqa: E402
 

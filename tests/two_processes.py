@@ -1,4 +1,4 @@
-"""Starts one of the scripts as two processes of this machine, without torchrun's own seconds."""
+"""Starts one of the modules as two processes of this machine, without torchrun's own seconds."""
 
 import os
 import socket
@@ -10,13 +10,13 @@ ROOT = Path(__file__).parent.parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run_two(script: str, argv: list[str]) -> None:
+def run_two(module: str, argv: list[str]) -> None:
     """Raises: AssertionError if one of them fails."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / script), *argv]
+    command = [sys.executable, "-m", module, *argv]
     started = [
         subprocess.Popen(command, env=ONE_THREAD | place | {"RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusers_models import PATCH, require_package, unpack
+from text_to_image.pipelines import PATCH, require_package, unpack
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
 
 LORA_NAME = "piflow"

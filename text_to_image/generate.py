@@ -1,19 +1,19 @@
 """Few-step text to image: Qwen-Image, FLUX.1 and FLUX.2 with the published pi-Flow adapters.
 
-    python text_to_image.py --model gm-qwen --prompt "a jay on a snowy branch"
-    python text_to_image.py --tiny --ui            # the page, with small random models, offline
+    python -m text_to_image.generate --model gm-qwen --prompt "a jay on a snowy branch"
+    python -m text_to_image.generate --tiny --ui            # the page, with small random models, offline
 
 In a notebook:
 
-    from text_to_image import load
+    from text_to_image.generate import load
     generate = load("gm-flux", offload="model")
     result = generate(["a jay", "a fox"], images_per_prompt=2, seed=7)
     result.images[0]
 
 With an adapter, one network evaluation gives a policy; `piflow_minimal.sample` follows four of them
 from noise to the picture. In reading order: which adapters there are; the student and the call;
-loading; command line and page. The base models are in diffusers_models.py, the adapters (heads,
-files, LoRA) in piflow_adapters.py.
+loading; command line and page. The base models are in pipelines.py, the adapters (heads,
+files, LoRA) in adapters.py.
 """
 
 import argparse
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import diffusers_models as dm
-from helpers import atomic, pick_device, run_cli, write_json
-from piflow_adapters import (
+import text_to_image.pipelines as dm
+from common.cli import atomic, pick_device, run_cli, write_json
+from text_to_image.adapters import (
     LORA_NAME,
     PolicySpec,
     apply_adapter,
@@ -306,7 +306,7 @@ def load(
         adapter_scale: strength of the adapter's LoRA; head and norm are always replaced.
         loras: (folder, file or Hub name, strength) of further LoRAs for the base model.
         dtype: of the networks; bfloat16 if not given (float32 with `tiny`).
-        quantize, offload: see `QUANTIZE_HELP` and `OFFLOADS` in diffusers_models.py.
+        quantize, offload: see `QUANTIZE_HELP` and `OFFLOADS` in pipelines.py.
         tiny: small random models in place of the real ones; `adapter` may still be given.
         pixels, batch_size: of the pictures to come, for the memory estimate.
     Raises: ValueError, OSError, ImportError: one line.

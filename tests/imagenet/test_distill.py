@@ -1,4 +1,4 @@
-"""distill_dit_imagenet.py, runs.py, cache_imagenet_latents.py: small runs of the real thing."""
+"""distill, distributed, cache_latents: small runs of the real thing."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ import torch
 from fake_cuda import backward as fake_backward
 from fake_cuda import needs_fake_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
-from two_processes import ONE_THREAD, ROOT, run_two
+from two_processes import ONE_THREAD, run_two
 
-import cache_imagenet_latents
-import distill_dit_imagenet as distill
-import fashion
-import runs
-import sample_dit_imagenet
-from dit import DiT, DiTConfig, guided_teacher, load_dit, save_dit
+import imagenet.cache_latents as cache_imagenet_latents
+from imagenet import distill
+from imagenet import fashion
+import imagenet.distributed as runs
+import imagenet.sample as sample_dit_imagenet
+from imagenet.dit import DiT, DiTConfig, guided_teacher, load_dit, save_dit
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample
 
 SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10)
@@ -445,7 +445,7 @@ def test_killed_at_any_moment(tmp_path, teacher_file):
 
     def start_run(out) -> subprocess.Popen:
         options = {"iterations": 90, "log_every": 2, "picture_every": 14}
-        command = [sys.executable, str(ROOT / "distill_dit_imagenet.py")]
+        command = [sys.executable, "-m", "imagenet.distill"]
         command += flags(teacher_file, out, teacher_steps=2, lr_decay="cosine", **options)
         return subprocess.Popen(command, env=ONE_THREAD)
 
@@ -481,7 +481,7 @@ def test_signal_to_torchrun(tmp_path, teacher_file, number):
     """Two processes stop after the same iteration and save; one process goes on from there."""
     out, options = tmp_path / "run", {"log_every": 1, "iterations": 100_000}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "distill_dit_imagenet.py")]
+    command += ["-m", "imagenet.distill"]
     command += flags(teacher_file, out, save_every=1_000_000, **options)
     process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
     try:
@@ -689,7 +689,7 @@ def test_two_processes_equal_one(tmp_path, teacher_file):
     distill.main(flags(teacher_file, tmp_path / "one", **options))
     options |= {"micro_batch": 2}
     argv = [*flags(teacher_file, tmp_path / "two", **options), "--checkpointing"]
-    run_two("distill_dit_imagenet.py", argv)
+    run_two("imagenet.distill", argv)
     one, two = stats(tmp_path / "one"), stats(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import fashion
-from dit import (
+from imagenet import fashion
+from imagenet.dit import (
     PRESETS,
     DiT,
     DiTConfig,
@@ -30,7 +30,7 @@ from dit import (
 )
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss
 
-DATA = Path(__file__).parent / "data" / "dit"
+DATA = Path(__file__).parent.parent / "data" / "dit"
 SMALL = DiTConfig(hidden=24, depth=2, num_heads=2, num_classes=10, latent_size=8, logstd_hidden=16)
 
 

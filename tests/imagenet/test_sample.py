@@ -1,4 +1,4 @@
-"""sample_dit_imagenet.py: seeds, parts, layouts, metrics against their definitions."""
+"""imagenet.sample: seeds, parts, layouts, metrics against their definitions."""
 
 import dataclasses
 import json
@@ -11,10 +11,10 @@ import pytest
 import torch
 from two_processes import run_two
 
-import fashion
-import runs
-import sample_dit_imagenet as sampling
-from dit import DiT, DiTConfig, guided_teacher, init_student_from_teacher, save_dit
+from imagenet import fashion
+import imagenet.distributed as runs
+import imagenet.sample as sampling
+from imagenet.dit import DiT, DiTConfig, guided_teacher, init_student_from_teacher, save_dit
 from piflow_minimal import DXPolicy, GMFlowPolicy, rollout
 from piflow_minimal import sample as follow
 
@@ -120,7 +120,7 @@ def test_two_processes_sample_what_one_does(tmp_path, monkeypatch):
     argv = [str(tmp_path / "ten.safetensors"), "--pairs", "0", "--nfe", "2", "--count", "7"]
     argv += ["--batch", "2", "--device", "cpu", "--npz", "--out"]
     sampling.main([*argv, str(tmp_path / "one")])
-    run_two("sample_dit_imagenet.py", [*argv, str(tmp_path / "two")])
+    run_two("imagenet.sample", [*argv, str(tmp_path / "two")])
     one, two = (images(tmp_path / name) for name in ("one", "two"))
     assert len(one) == 7 and len(np.unique(one.reshape(7, -1), axis=0)) == 7 and close(one, two)
 

@@ -26,12 +26,12 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-import diffusers_models as dm  # noqa: E402
-import text_to_image  # noqa: E402
-from piflow_adapters import apply_adapter, check_adapter, policy_of, read_adapter  # noqa: E402
-from text_to_image import MODELS, FewStep, load, main, parse_arguments  # noqa: E402
+import text_to_image.pipelines as dm  # noqa: E402
+import text_to_image.generate as text_to_image  # noqa: E402
+from text_to_image.adapters import apply_adapter, check_adapter, policy_of, read_adapter  # noqa: E402
+from text_to_image.generate import MODELS, FewStep, load, main, parse_arguments  # noqa: E402
 
-DATA = Path(__file__).parent / "data" / "t2i"
+DATA = Path(__file__).parent.parent / "data" / "t2i"
 CASES = {
     "gmqwen": "qwen",
     "dxqwen": "qwen",

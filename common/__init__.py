@@ -1,0 +1,1 @@
+"""What the toys and the folders share: flags and files, teachers, the static policy, figures."""

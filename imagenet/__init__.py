@@ -1,0 +1,1 @@
+"""Full ImageNet DiT distillation and evaluation; see README.md in this folder."""
