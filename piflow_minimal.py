@@ -1,47 +1,40 @@
 """pi-Flow in one file: policies, rollout, imitation distillation (pi-ID), few-step sampler.
 
-A flow model moves noise to data along dx/dt = u(x, t) and needs a network evaluation for every
-step. A pi-Flow student needs one evaluation for *many* steps: its output is a policy, a small
-function without a network that gives the velocity at every later time. Equation, algorithm and
-section numbers refer to arXiv 2510.14974v3.
+A flow model moves noise to data along the ODE dx/dt = u(x, t), one network evaluation per step. A
+pi-Flow student needs one evaluation for *many* steps: its network outputs a policy, a network-free
+function that gives the velocity at every later time. Training is on-policy imitation, as in DAgger:
+roll out the policy, query the teacher at the states that it visits, take the squared difference.
+Equations, algorithms, sections: arXiv 2510.14974v3.
 
     t = 1 is noise, t = 0 is data, x_0 is data.
 
-    paper         here             shape            meaning
-    t             t                (B,)             noise level; x_t = (1 - t) x_0 + t eps
-    alpha, sigma  1 - t, t         (B,)
-    tau           tau              (B,)             raw time; substeps are uniform in tau
-    s             shift            float            t = s tau / (1 + (s - 1) tau)
-    x_t           x                (B, C, *)        state; any number of spatial dims, also none
-    u             u, velocity      (B, C, *)        dx/dt = eps - x_0, hence x_0 = x - t u
-    x_src, t_src  x_src, t_src     (B, C, *), (B,)  where the network was evaluated
-    pi(x, t)      policy.velocity  (B, C, *)        network-free velocity, for every t <= t_src
-    A, mu, s      GaussianMixture  (B, K, ...)      K components per location, in velocity space
-    x0_hat        DXPolicy.x0_hat  (B, C, *)        denoised state at tau, from N grid points
+    paper         here              shape            meaning
+    t             t                 (B,)             noise level: x_t = (1 - t) x_0 + t eps
+    alpha, sigma  alpha = 1 - t, t  (B,)
+    tau           tau               (B,)             raw time; schedules are uniform in tau
+    s             shift             float            t = s tau / (1 + (s - 1) tau)
+    x_t           x                 (B, C, *)        state; any number of spatial dims, also none
+    u             u, velocity       (B, C, *)        dx/dt = eps - x_0, hence x_0 = x - t u
+    x_src, t_src  x_src, t_src      (B, C, *), (B,)  where the network was evaluated
+    pi(x, t)      policy.velocity   (B, C, *)        valid for every t <= t_src
+    A, mu, s      log_A, means, std (B, K, ...)      mixture over velocities, see GaussianMixture
+    x0_hat        policy.x0_hat     (B, C, *)        denoised state, interpolated between N of them
 
 A *teacher* is any callable (x, t) -> u. A *student* is any callable (x_src, t_src) -> policy. The
-caller closes over labels, prompts and guidance: nothing below knows what network is behind.
-Policies compute in float32 whatever the network's dtype (float64 stays float64).
-
-Reading order: time, policies (GMFlow, DX), rollout, guidance, pi-ID, sampler.
-`python piflow_minimal.py` checks the chain on an exactly known density in two seconds.
+caller closes over labels, prompts and guidance: nothing here knows which network is behind them.
+Policies compute in float32 whatever the network's dtype; float64 inputs stay float64.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 EPS = 1e-6  # the smallest t, and the smallest denominator, that anything here divides by
-
-Time = float | Tensor  # a float for the whole batch, or a tensor of shape (B,)
-Teacher = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> u
-Callback = Callable[[int, Tensor, Tensor], None]  # (substep, tau, x)
+Time = float | Tensor  # a number for the whole batch, or a tensor of shape () or (B,)
 
 
 # ==== Time ========================================================================================
@@ -58,275 +51,194 @@ def unshift_time(t: Time, shift: float = 1.0) -> Time:
 
 
 def x0_from_velocity(x: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """The denoised state that a velocity points at, x_0 = x - t u. x, u: (B, C, *); t: (B,)."""
-    return x - _expand(t, x) * u
+    """The denoised state x_0 = x - t u. x, u: (B, C, *); t: (B,)."""
+    return torch.addcmul(x, _expand(t, x), u, value=-1)
 
 
 def velocity_from_x0(x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """The velocity that leads from x to a denoised state, u = (x - x_0) / t. t at least EPS."""
+    """The velocity u = (x - x_0) / t that leads to a denoised state. x, x0: (B, C, *); t: (B,)."""
     return (x - x0) / _expand(t, x).clamp(min=EPS)
-
-
-def _expand(t: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, ...) with as many dims as x, so that it broadcasts."""
-    return t.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The precision of policies: float32, or float64 for float64 inputs."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _batch(value: Time, x: Tensor, name: str) -> Tensor:
-    """A time, float or tensor, -> (B,) tensor beside x. ValueError unless it lies in [0, 1]."""
-    low, high = -EPS, 1 + EPS  # rounding is forgiven
-    if not isinstance(value, Tensor):
-        _require(low <= value <= high, f"{name} = {value}: must lie in [0, 1]")
-        value = min(max(float(value), 0.0), 1.0)
-        return torch.full((len(x),), value, dtype=_wide(x).dtype, device=x.device)
-    fits = value.ndim == 0 or value.shape == (len(x),)
-    _require(fits, f"{name} has shape {tuple(value.shape)}: must be a float or ({len(x)},)")
-    if _readable(value):
-        inside = bool(((value >= low) & (value <= high)).all())
-        _require(inside, f"{name} = {value.tolist()}: must lie in [0, 1]")
-    return value.to(x.device, _wide(x).dtype).clamp(0, 1).expand(len(x))
-
-
-def _readable(x: Tensor) -> bool:
-    """True where looking at a value costs nothing; on a GPU the host would have to wait for it."""
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _random(draw: Callable, shape, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """torch.rand or torch.randn on the generator's device, moved beside `like`."""
-    device = like.device if generator is None else generator.device
-    return draw(shape, generator=generator, device=device, dtype=_wide(like).dtype).to(like.device)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 # ==== Policies (section 3) ========================================================================
 
 
-class GaussianMixture(NamedTuple):
-    """A mixture of K isotropic Gaussians over the velocity, at every location of a sample."""
+class Policy(Protocol):
+    """What rollout, loss and sampler need; any class with these four is a policy.
 
-    means: Tensor  #      (B, K, C, *)
-    logstds: Tensor  #    (B, 1, 1, *ones)  one per sample
+    Optional: flow(x, t, t_end) -> x_end, the exact solution of its ODE, for the solver "exact".
+    """
+
+    x_src: Tensor  # (B, C, *)
+    t_src: Tensor  # (B,)
+
+    def velocity(self, x: Tensor, t: Time) -> Tensor: ...  # pi(x, t): (B, C, *) -> (B, C, *)
+    def detach(self) -> "Policy": ...  # the same policy without a gradient
+
+
+class GaussianMixture(NamedTuple):
+    """K isotropic Gaussians over the velocity, at every location of a sample."""
+
+    means: Tensor  #      (B, K, C, *)      mu_k
+    logstds: Tensor  #    (B, 1, 1, *ones)  log std, one per sample
     logweights: Tensor  # (B, K, 1, *)      log A_k; need not be normalised
 
 
-@dataclass(frozen=True, eq=False)
 class GMFlowPolicy:
-    """The GMFlow policy: a Gaussian-mixture posterior over x_0, carried along by Bayes' rule.
+    """The GMFlow policy: the network's posterior over x_0, updated by Bayes' rule (eq. 21 to 28).
 
-    At (x_src, t_src) the network gives p(x_0 | x_src). Divided by the likelihood of x_src and
-    multiplied by that of x it becomes p(x_0 | x) at any later (x, t), again a mixture; the policy
-    is its mean, as a velocity (section 3, eq. 21 to 28, appendix F). Per location this is
-    attention: the query is made of x, keys and values are the component means.
+    1. The output is a mixture over u at (x_src, t_src), so one over x_0 = x_src - t_src u: means
+       m_k = x_src - t_src mu_k, variance var = (t_src std)^2. It is p(x_0 | x_src).
+    2. p(x_0 | x) ~ p(x_0 | x_src) p(x | x_0) / p(x_src | x_0) with p(x | x_0) = N(alpha x_0, t^2).
+    3. As a function of x_0 that ratio is a Gaussian factor exp(nu . x_0 - zeta |x_0|^2 / 2),
+           zeta = (alpha/t)^2 - (alpha_src/t_src)^2,    nu = alpha x/t^2 - alpha_src x_src/t_src^2.
+    4. N(m_k, var) times it has mean (m_k + var nu)/d and variance var/d, with d = 1 + var zeta.
+    5. Its integral is the new weight; what all k share (because var is common) cancels:
+           w_k = softmax_k( log A_k + m_k . (nu - zeta m_k/2) / d ).
+    The policy is the posterior mean as a velocity, pi(x, t) = (x - (var nu + sum_k w_k m_k)/d) / t.
+    This is attention at each location: query nu/d, keys and values m_k, bias log A_k - zeta |m_k|^2/2d.
 
-    Args:
-        mixture: `GaussianMixture` over velocities.
-        x_src: (B, C, *), where the network was evaluated; t_src: its noise level, in (0, 1].
-    Raises: ValueError if shapes do not fit together or t_src is out of range.
+    Args: mixture; x_src: (B, C, *); t_src: a number, () or (B,), in (0, 1].
+    Raises: ValueError if the shapes do not fit together.
     """
 
-    mixture: GaussianMixture
-    x_src: Tensor
-    t_src: Time
-
-    def __post_init__(self):
-        means, logstds, logweights = (_wide(part) for part in self.mixture)
-        x_src, b, k = _wide(self.x_src), len(means), means.shape[1]
-        _require(
-            means.shape == (len(x_src), k, *x_src.shape[1:])
-            and logweights.shape == (b, k, 1, *x_src.shape[2:])
-            and logstds.numel() == b,
-            f"means {tuple(means.shape)}, logweights {tuple(logweights.shape)}, logstds "
-            f"{tuple(logstds.shape)}, x_src {tuple(x_src.shape)}: must be (B, K, C, *), "
-            "(B, K, 1, *), (B, 1, 1, *ones), (B, C, *)",
-        )
-        t_src = _batch(self.t_src, x_src, "t_src")
-        t, x = t_src.view(b, 1, 1), x_src.reshape(*x_src.shape[:2], -1)  #        (B, C, P)
-        m = x[:, None] - t[:, None] * means.reshape(b, k, x.shape[1], -1)  #      (B, K, C, P)
-        center = m.detach().mean(1)
-        m = m - center[:, None]
-        precision = (1 - t) / t.clamp(min=EPS) ** 2  #     alpha_src / t_src^2    (B, 1, 1)
-        self.__dict__.update(  # what depends on the source alone; P = all spatial dims in one
-            t_src=t_src,
-            _center=center,  #                                                    (B, C, P)
-            _means=[m_c.contiguous() for m_c in m.unbind(2)],  #              C x (B, K, P)
-            _half_norm=m.square().sum(2) / 2,  #                                  (B, K, P)
-            _logweights=logweights.reshape(b, k, -1),  #                          (B, K, P)
-            _var=(t * logstds.reshape(b, 1, 1).exp()) ** 2,  #                    (B, 1, 1)
-            _zeta_src=(1 - t) * precision,  #                                     (B, 1, 1)
-            _query_src=precision * (x - (1 - t) * center),  #                     (B, C, P)
-        )
+    def __init__(self, mixture: GaussianMixture, x_src: Tensor, t_src: Time):
+        shapes = [tuple(part.shape) for part in (*mixture, x_src)]
+        (b, k, *rest), _, weights, state = shapes
+        if state != (b, *rest) or weights != (b, k, 1, *rest[1:]) or mixture.logstds.numel() != b:
+            raise ValueError(
+                f"means, logstds, logweights, x_src have the shapes {shapes}: must be (B, K, C, *), "
+                "(B, 1, 1, *ones), (B, K, 1, *), (B, C, *)"
+            )
+        means, logstds, logweights, x = (_upcast(part) for part in (*mixture, x_src))
+        self.mixture, self.x_src, self.t_src = mixture, x_src, _per_sample(t_src, means)
+        t = self.t_src.view(b, 1, 1)
+        alpha, x = 1 - t, x.reshape(b, rest[0], -1)  #                            (B, C, P)
+        m = x[:, None] - t[:, None] * means.reshape(b, k, rest[0], -1)  #         (B, K, C, P)
+        self.c = m.detach().mean(1)  #  x_0 is measured from here, see `velocity` (B, C, P)
+        m = m - self.c[:, None]
+        self.m = [m_c.contiguous() for m_c in m.unbind(2)]  #  by channel     C x (B, K, P)
+        self.half_norm = m.square().sum(2) / 2  #  |m_k|^2 / 2                    (B, K, P)
+        self.log_A = logweights.reshape(b, k, -1)  #                              (B, K, P)
+        self.var = (t * logstds.reshape(b, 1, 1).exp()) ** 2  #                   (B, 1, 1)
+        self.zeta_src = (alpha / t) ** 2  #                                       (B, 1, 1)
+        self.nu_src = alpha / t**2 * (x - alpha * self.c)  #                      (B, C, P)
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
-        """pi(x, t), eq. 21 to 28. x: (B, C, *); t: float or (B,), at most t_src. -> (B, C, *).
+        """pi(x, t). x: (B, C, *); t: a number, () or (B,), at most t_src. -> (B, C, *).
 
-            zeta = (alpha/t)^2 - (alpha_src/t_src)^2
-            nu   = alpha x/t^2 - alpha_src x_src/t_src^2,    d = 1 + var zeta
-            w_k  = softmax_k( log A_k + m_k . (nu - zeta m_k/2) / d )
-            x_0  = (var nu + sum_k w_k m_k) / d,             pi = (x - x_0) / t
-
-        Means and states are measured from one center c, which shifts nu to nu - zeta c (`query`
-        is that over d) and leaves the result as it is; and in the last line what cancels as t -> 0
-        is cancelled on paper. Both keep float32 exact where zeta is huge.
+        With x_0 measured from the center c, x becomes y = x - alpha c and u becomes u + c. What
+        cancels as t -> 0 is cancelled on paper: with r = alpha/t,
+            u + c = ((1 - var (r + zeta_src)) y + var nu_src - sum_k w_k m_k) / (d t).
         """
-        t = _batch(t, x, "t") if not isinstance(t, Tensor) else t
-        t = t.reshape(-1, 1, 1).clamp(min=EPS)
-        ratio = (1 - t) / t  #                             alpha / t              (B, 1, 1)
-        zeta = ratio**2 - self._zeta_src
-        d = (1 + self._var * zeta).clamp(min=EPS)
-        y = _wide(x).reshape(*x.shape[:2], -1) - self._center  #                  (B, C, P)
-        rest = torch.addcmul(self._query_src, ratio, self._center, value=-1)
-        query = (ratio / t * y - rest) / d
-
-        # Channel by channel: no (B, K, C, P) tensor is made, and every line is one kernel.
-        logits = torch.addcmul(self._logweights, zeta / d, self._half_norm, value=-1)  # (B, K, P)
-        for m_c, query_c in zip(self._means, query.unbind(1), strict=True):
+        t = _per_sample(t, self.c).view(-1, 1, 1).clamp(min=EPS)  #               (B, 1, 1)
+        r = (1 - t) / t
+        zeta = r**2 - self.zeta_src
+        d = (1 + self.var * zeta).clamp(min=EPS)
+        y = torch.addcmul(_upcast(x).reshape(self.c.shape), 1 - t, self.c, value=-1)  # (B, C, P)
+        query = (r / t * y - self.nu_src) / d  #  nu/d                            (B, C, P)
+        logits = torch.addcmul(self.log_A, zeta / d, self.half_norm, value=-1)  # (B, K, P)
+        for m_c, query_c in zip(self.m, query.unbind(1), strict=True):  #  no (B, K, C, P) temporary
             logits.addcmul_(m_c, query_c[:, None])
-        w = torch.softmax(logits, dim=1)
-        mean = torch.stack([(w * m_c).sum(1) for m_c in self._means], dim=1)  #   (B, C, P)
-
-        factor = 1 - self._var * (self._zeta_src + ratio)
-        return ((factor * y + self._var * rest - mean) / (d * t)).reshape(x.shape)
+        w = logits.softmax(1)
+        mean = torch.stack([(w * m_c).sum(1) for m_c in self.m], dim=1)  #        (B, C, P)
+        u = (1 - self.var * (r + self.zeta_src)) * y + self.var * self.nu_src - mean
+        return (u / (d * t) - self.c).reshape(x.shape)
 
     def detach(self) -> "GMFlowPolicy":
         """The same policy without a gradient."""
         mixture = GaussianMixture(*(part.detach() for part in self.mixture))
-        return replace(self, mixture=mixture, x_src=self.x_src.detach())
+        return type(self)(mixture, self.x_src.detach(), self.t_src)
 
     def drop(self, mask: Tensor) -> "GMFlowPolicy":
-        """Without the components where mask, (B, K) bool, is True; the other weights grow.
-
-        Raises: ValueError for another shape or dtype, or (on a CPU) if a sample would lose all.
-        """
-        means, logstds, logweights = self.mixture
-        fits = mask.dtype == torch.bool and mask.shape == means.shape[:2]
-        _require(fits, f"mask {mask.dtype} {tuple(mask.shape)}: must be bool (B, K)")
-        if _readable(mask):
-            _require(not bool(mask.all(1).any()), "mask drops all components of a sample")
-        mask = mask.reshape(*mask.shape, *[1] * (means.ndim - 2))
-        logweights = logweights.masked_fill(mask, -math.inf).log_softmax(1)
-        return replace(self, mixture=GaussianMixture(means, logstds, logweights))
+        """Without the components where mask, (B, K) bool, is True; the other weights grow."""
+        mask = mask.reshape(*mask.shape, *[1] * (self.mixture.means.ndim - 2))
+        logweights = self.mixture.logweights.masked_fill(mask, -math.inf).log_softmax(1)
+        return type(self)(self.mixture._replace(logweights=logweights), self.x_src, self.t_src)
 
     def dropout(self, p: float, generator: torch.Generator | None = None) -> "GMFlowPolicy":
-        """Drops each component, for the whole sample, with probability p in [0, 1).
-
-        Never all of them: the component with the largest draw stays.
-        """
-        _require(0 <= p < 1, f"dropout p = {p}: must lie in [0, 1)")
-        draws = _random(torch.rand, self.mixture.means.shape[:2], self.x_src, generator)  # (B, K)
+        """Drops each component, for the whole sample, with probability p in [0, 1); never all."""
+        draws = _draw(torch.rand, self.mixture.means.shape[:2], self.c, generator)  # (B, K)
         return self.drop((draws < p) & (draws < draws.amax(1, keepdim=True)))
 
     def temperature(self, T: float) -> "GMFlowPolicy":
-        """Sharper for T < 1: weights A_k^(1/T) renormalised, variance times T. T > 0."""
-        _require(T > 0, f"temperature T = {T}: must be positive")
+        """Sharper for T in (0, 1): weights A_k^(1/T), renormalised, and variance times T."""
         means, logstds, logweights = self.mixture
-        logweights = (logweights / T).log_softmax(1)
-        return replace(self, mixture=GaussianMixture(means, logstds + math.log(T) / 2, logweights))
+        mixture = (means, logstds + math.log(T) / 2, (logweights / T).log_softmax(1))
+        return type(self)(GaussianMixture(*mixture), self.x_src, self.t_src)
 
 
-@dataclass(frozen=True, eq=False)
 class DXPolicy:
-    """The DX policy: N denoised states on a grid of tau, interpolated (section 3).
+    """The DX policy: pi(x, t) = (x - x0_hat(t)) / t, from N denoised states x_src - t_src v_i.
 
-    The N velocities v_i that the network gives at (x_src, t_src) are read as denoised states
-    x_src - t_src v_i, and pi(x, t) = (x - x0_hat(tau)) / t.
-    mode="grid": they sit at equal distances of tau on [tau_src - segment_size, tau_src] (clamped
-        at 0), the first at the segment's end, the last at tau_src; x0_hat is linear between them
-        and constant outside. N = 1 is a constant x0_hat.
-    mode="polynomial": x0_hat(tau) = sum_i (tau_src - tau)^i (x_src - t_src v_i), i from 0.
+    mode="grid": they sit at equal distances of tau on [tau_src - segment_size, tau_src] (clamped at
+        0), the first at the segment's end, the last at tau_src; linear between, constant outside.
+    mode="polynomial": x0_hat = sum_i (tau_src - tau)^i (x_src - t_src v_i), i from 0.
 
-    Args:
-        velocities: (B, N, C, *), N >= 1; x_src, t_src: as for `GMFlowPolicy`.
-        segment_size: float or (B,) in [0, 1], the segment it was trained for, in tau; it and
-            `shift` belong to the policy and stay when a sampler takes other steps.
-    Raises: ValueError if shapes do not fit together, a range is left, or the mode is unknown.
+    Args: velocities v_i: (B, N, C, *); x_src: (B, C, *); t_src: a number, () or (B,), in (0, 1];
+        segment_size, in [0, 1] of tau, and shift: as trained, also where a sampler steps otherwise.
+    Raises: ValueError if the shapes do not fit together, or for an unknown mode.
     """
 
-    velocities: Tensor
-    x_src: Tensor
-    t_src: Time
-    segment_size: Time = 1.0
-    shift: float = 1.0
-    mode: str = "grid"
-
-    def __post_init__(self):
-        v, x_src = _wide(self.velocities), _wide(self.x_src)
-        fits = v.ndim == x_src.ndim + 1 and (len(v), *v.shape[2:]) == tuple(x_src.shape)
-        shapes = f"velocities {tuple(v.shape)}, x_src {tuple(x_src.shape)}"
-        _require(fits and v.shape[1] > 0, f"{shapes}: must be (B, N, C, *) with N >= 1, (B, C, *)")
-        known = self.mode in ("grid", "polynomial")
-        _require(known, f"mode {self.mode!r}: must be 'grid' or 'polynomial'")
-        t_src = _batch(self.t_src, x_src, "t_src")
-        tau_src = unshift_time(t_src, self.shift)
-        tau_end = (tau_src - _batch(self.segment_size, x_src, "segment_size")).clamp(min=0)
-        x0 = x_src[:, None] - _expand(t_src, v) * v
-        self.__dict__.update(t_src=t_src, _x0=x0, _tau_src=tau_src, _tau_end=tau_end)
+    def __init__(
+        self, velocities: Tensor, x_src: Tensor, t_src: Time, segment_size: Time = 1.0,
+        shift: float = 1.0, mode: str = "grid",
+    ):  # fmt: skip
+        v, state = _upcast(velocities), tuple(x_src.shape)
+        if v.ndim < 3 or (len(v), *v.shape[2:]) != state or not v.shape[1]:
+            shapes = f"velocities {tuple(v.shape)}, x_src {state}"
+            raise ValueError(f"{shapes}: must be (B, N, C, *) with N >= 1, and (B, C, *)")
+        if mode not in ("grid", "polynomial"):
+            raise ValueError(f"mode {mode!r}: must be 'grid' or 'polynomial'")
+        self.velocities, self.x_src, self.t_src = velocities, x_src, _per_sample(t_src, v)
+        self.segment_size, self.shift, self.mode = segment_size, shift, mode
+        self.x0 = _upcast(x_src)[:, None] - _expand(self.t_src, v) * v  #         (B, N, C, *)
+        self.tau_src = unshift_time(self.t_src, shift)
+        self.tau_end = (self.tau_src - _per_sample(segment_size, v)).clamp(min=0)
+        own = (type(self).x0_hat, type(self).velocity) != (DXPolicy.x0_hat, DXPolicy.velocity)
+        if (mode != "grid" or own) and type(self).flow is DXPolicy.flow:
+            self.flow = None  # it solves the grid, not a polynomial or a subclass's own x0_hat
 
     def x0_hat(self, t: Time) -> Tensor:
-        """The denoised state at noise level t, float or (B,). -> (B, C, *)."""
-        t = torch.full_like(self._tau_src, t) if not isinstance(t, Tensor) else t
-        tau, n = unshift_time(t, self.shift), self._x0.shape[1]
+        """The denoised state at noise level t: a number, () or (B,). -> (B, C, *)."""
+        tau, n = unshift_time(_per_sample(t, self.x0), self.shift), self.x0.shape[1]
+        b, i = (torch.arange(size, device=tau.device) for size in (len(tau), n))
         if self.mode == "polynomial":
-            distance, x0 = _expand(self._tau_src - tau, self.x_src), self._x0[:, -1]
-            for i in range(n - 2, -1, -1):  # Horner's rule
-                x0 = self._x0[:, i] + distance * x0
-            return x0
-        length = (self._tau_src - self._tau_end).clamp(min=EPS)
-        position = ((tau - self._tau_end) / length).clamp(0, 1) * (n - 1)  #  in 0 .. N-1   (B,)
-        left = position.floor().long().clamp(max=max(n - 2, 0))
-        right = (left + 1).clamp(max=n - 1)
-        b = torch.arange(len(left), device=left.device)
-        fraction = _expand(position - left, self.x_src)
-        return torch.lerp(self._x0[b, left], self._x0[b, right], fraction)
+            powers = (self.tau_src - tau)[:, None] ** i  #                        (B, N)
+            return (powers.reshape(-1, n, *[1] * (self.x0.ndim - 2)) * self.x0).sum(1)
+        length = (self.tau_src - self.tau_end).clamp(min=EPS)
+        place = ((tau - self.tau_end) / length).clamp(0, 1) * (n - 1)  #  in [0, N - 1]   (B,)
+        left = place.floor().long().clamp(max=max(n - 2, 0))
+        left_x0, right_x0 = self.x0[b, left], self.x0[b, (left + 1).clamp(max=n - 1)]
+        return torch.lerp(left_x0, right_x0, _expand(place - left, left_x0))
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
-        """pi(x, t) = (x - x0_hat(t)) / t. x: (B, C, *); t: float or (B,), at most t_src."""
-        t = torch.full_like(self._tau_src, t) if not isinstance(t, Tensor) else t
-        return velocity_from_x0(_wide(x), t, self.x0_hat(t))
+        """pi(x, t). x: (B, C, *); t: a number, () or (B,), at most t_src. -> (B, C, *)."""
+        return velocity_from_x0(_upcast(x), _per_sample(t, self.x0), self.x0_hat(t))
 
-    def flow(self, x: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
-        """Follows a grid policy from t to t_end exactly. x: (B, C, *); t, t_end: (B,).
+    def flow(self, x: Tensor, t: Time, t_end: Time) -> Tensor:
+        """The exact solution of a grid policy's ODE. x: (B, C, *) at t -> (B, C, *) at t_end.
 
-        dx/dt = (x - x0_hat)/t is d(x/t)/dt = -x0_hat/t^2. Where x0_hat = a + b tau,
-            integral of x0_hat/t^2 dt over [t_1, t_2] = a (1/t_1 - 1/t_2) + b/s log(tau_2/tau_1)
-        since dt/t^2 = dtau/(s tau^2). Piece by piece this gives one weight per grid point.
+        d(x/t)/dt = -x0_hat/t^2 and dt/t^2 = dtau/(s tau^2). By parts, over the linear pieces j,
+            x_end = t_end/t x + t_end/s (x0_hat/tau |_tau^tau_end + sum_j slope_j log(high_j/low_j)).
         """
-        t, t_end, n = t.clamp(min=EPS), t_end.clamp(min=EPS), self._x0.shape[1]
-        length = self._tau_src - self._tau_end
-        steps = torch.linspace(0, 1, n, device=x.device, dtype=length.dtype)
-        knots = self._tau_end + length * steps[:, None]  #                        (N, B)
-        edges = torch.cat([torch.zeros_like(knots[:1]), knots, torch.ones_like(knots[:1])])
-        tau, tau_end = unshift_time(t, self.shift), unshift_time(t_end, self.shift)
-        edges = torch.maximum(torch.minimum(edges, tau), tau_end)  #   constant, linear.., constant
-        low, high = edges[:-1], edges[1:]  #                                      (N + 1, B)
-        area = t_end / shift_time(low, self.shift) - t_end / shift_time(high, self.shift)
-        moment = t_end / self.shift * (high / low).log()  #  t_end times integrals of 1/t^2, tau/t^2
-        spacing = (length / max(n - 1, 1)).clamp(min=EPS)
-        slope = (moment[1:-1] - knots[:-1] * area[1:-1]) / spacing  #             (N - 1, B)
-        weights = torch.zeros_like(knots)  #                                      (N, B)
-        weights[0] += area[0]
-        weights[:-1] += area[1:-1] - slope
-        weights[1:] += slope
-        weights[-1] += area[-1]
-        weights = weights.T.reshape(*self._x0.shape[:2], *[1] * (x.ndim - 1))
-        return _expand(t_end / t, x) * _wide(x) + (weights * self._x0).sum(1)
+        t, t_end = (_per_sample(v, self.x0).clamp(min=EPS) for v in (t, t_end))
+        tau, tau_end, n = *(unshift_time(v, self.shift) for v in (t, t_end)), self.x0.shape[1]
+        length = self.tau_src - self.tau_end
+        knots = torch.linspace(0, 1, n, device=t.device, dtype=t.dtype)[:, None] * length
+        logs = (knots + self.tau_end).minimum(tau).maximum(tau_end).log().diff(dim=0)  # (N - 1, B)
+        logs = (logs * (n - 1) / length.clamp(min=EPS)).T.reshape(-1, n - 1, *[1] * (x.ndim - 1))
+        ends = self.x0_hat(t_end) / _expand(tau_end, x) - self.x0_hat(t) / _expand(tau, x)
+        integral = ends + (logs * self.x0.diff(dim=1)).sum(1)  #                  (B, C, *)
+        return _expand(t_end / t, x) * _upcast(x) + _expand(t_end / self.shift, x) * integral
 
     def detach(self) -> "DXPolicy":
         """The same policy without a gradient."""
-        return replace(self, velocities=self.velocities.detach(), x_src=self.x_src.detach())
+        settings = self.t_src, self.segment_size, self.shift, self.mode
+        return type(self)(self.velocities.detach(), self.x_src.detach(), *settings)
 
 
-# Anything with x_src, t_src, velocity(x, t) and detach() will do.
-Policy = GMFlowPolicy | DXPolicy
+Teacher = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> u
 Student = Callable[[Tensor, Tensor], Policy]  # (x_src, t_src) -> policy
 
 
@@ -335,146 +247,82 @@ Student = Callable[[Tensor, Tensor], Policy]  # (x_src, t_src) -> policy
 
 def rollout(
     policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: float = 1.0,
-    total_substeps: int = 128, solver: str = "euler", callback: Callback | None = None,
-    compile: bool = False,
-) -> Tensor:  # fmt: skip
-    """Follows a policy from raw time tau_start down to tau_end; no network (Algorithm 1).
+    total_substeps: int = 128, solver: str = "euler",
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    through: Tensor | None = None, longest: float | None = None,
+) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Integrates a policy's ODE from raw time tau_start down to tau_end; no network evaluation.
 
-    Takes max(1, ceil((tau_start - tau_end) * total_substeps)) equal steps of tau. Samples may have
-    different times; each stops at its own. Tensor times cost one host read, floats none.
+    Takes max(1, ceil((tau_start - tau_end) total_substeps)) substeps, each sample its own number.
 
     Args:
-        x: (B, C, *) at tau_start.
-        tau_start, tau_end: float or (B,) in [0, 1], tau_end <= tau_start.
+        x: (B, C, *) at tau_start; tau_start, tau_end: a number, () or (B,), in [0, 1].
         total_substeps: substeps per unit of tau, at least 1.
-        solver: "euler", the published protocol; "ab2", two-step Adams-Bashforth in t, of second
-            order at the same cost; "exact", the closed form of a DX grid policy, in one step.
-        callback: called with (substep, tau (B,), x): first 0 and the start, then after each step.
-        compile: `velocity` through torch.compile, about twice as fast after some seconds of
-            compilation; without a working compiler a warning, and eager all the same.
-    Returns: (B, C, *) at tau_end.
-    Raises: ValueError for times out of range or order, or a solver that the policy lacks.
+        solver: "euler", uniform in tau: the published protocol. "deis", uniform in t^(1/1.5):
+            second-order exponential multistep (arXiv 2204.13902). "exact": the policy's `flow`.
+        callback: called with (substep, tau (B,), x) at the start and after each substep.
+        through: (P, B) raw times on the way, descending, to return the states at as well.
+        longest: bound of tau_start - tau_end; without it tensor times force a device sync.
+    Returns: x_end (B, C, *); with `through` (x_end, list of P states).
+    Raises: ValueError for an unknown solver, or "exact" where the policy has no `flow`.
     """
-    start, end = _batch(tau_start, x, "tau_start"), _batch(tau_end, x, "tau_end")
-    length, ordered = None, True  # length: of the longest way, where the host knows it
-    if not isinstance(tau_start, Tensor) and not isinstance(tau_end, Tensor):
-        length, ordered = tau_start - tau_end, tau_end <= tau_start + EPS
-    elif _readable(start) and _readable(end):
-        ordered = bool((end <= start + EPS).all())
-    _require(ordered, f"tau_end = {tau_end} lies above tau_start = {tau_start}: time runs down")
-    waypoints = torch.stack([start, end])
-    options = (shift, total_substeps, solver, length, callback, compile)
-    return _walk(policy, x, waypoints, *options)[-1]
-
-
-def _walk(
-    policy: Policy, x: Tensor, waypoints: Tensor, shift: float, total_substeps: int,
-    solver: str, length: float | None, callback: Callback | None = None, compile: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """One pass from waypoints[0] to waypoints[P], (P + 1, B). -> the P states at waypoints 1 .. P.
-
-    length: an upper bound of waypoints[0] - waypoints[P], or None and the host reads it.
-    """
-    _require(total_substeps >= 1, f"total_substeps = {total_substeps}: must be at least 1")
-    _require(solver in ("euler", "ab2", "exact"), f"solver {solver!r}: use euler, ab2 or exact")
-    if solver == "exact":
-        fits = isinstance(policy, DXPolicy) and policy.mode == "grid"
-        _require(fits, "solver 'exact': for DX policies of mode 'grid' only")
-        total_substeps = 1
-    tau, arrival = _substep_grid(waypoints, total_substeps, length)
-    t = shift_time(tau, shift)  #                                                 (steps + 1, B)
-    dt = t.diff(dim=0)
-    x, u_before = _wide(x), None
-    fast = compile and solver != "exact"  # which takes one step, and no velocity
-    velocity = _compiled(policy, x, t[0]) if fast else policy.velocity
-    states = [x] * (len(arrival) - 1)
+    if solver not in ("euler", "deis", "exact"):
+        raise ValueError(f"solver {solver!r}: must be 'euler', 'deis' or 'exact'")
+    if solver == "exact" and getattr(policy, "flow", None) is None:
+        raise ValueError(f"solver 'exact': this {type(policy).__name__} has no closed form `flow`")
+    if longest is None and not isinstance(tau_start, Tensor) and not isinstance(tau_end, Tensor):
+        longest = tau_start - tau_end
+    x = _upcast(x)
+    stops = [_per_sample(tau_start, x), _per_sample(tau_end, x)]
+    stops[1:1] = [] if through is None else through.to(stops[0])
+    t, arrival = _substep_grid(torch.stack(stops), shift, total_substeps, solver, longest)
+    dt, states = t.diff(dim=0), [x] * (len(stops) - 2)
+    here, there = t[:-1].clamp(min=EPS), t[1:].clamp(min=EPS)  #                  (steps, B)
+    bend = there * (here / there).log() + dt  #  see below
+    bend[1:] /= dt[:-1].clamp(max=-1e-4)  #  a tiny substep gives no slope
     if callback:
-        callback(0, tau[0], x)
+        callback(0, stops[0], x)
     for i in range(len(dt)):
         if solver == "exact":
             x = policy.flow(x, t[i], t[i + 1])
         else:
-            u = slope = velocity(x, t[i])
-            if solver == "ab2" and i > 0:
-                # Adams-Bashforth: u extrapolated to the middle of the step. A step much longer
-                # than the one before it (behind a waypoint) would magnify rounding: hence 4.
-                before = dt[i - 1].masked_fill(dt[i - 1] == 0, -math.inf)
-                slope = u + _expand((dt[i] / before).clamp(0, 4) / 2, x) * (u - u_before)
-            x, u_before = torch.addcmul(x, _expand(dt[i], x), slope), u
-        for p in range(len(states)):
-            states[p] = torch.where(_expand(arrival[p] == i + 1, x), x, states[p])
+            u = policy.velocity(x, t[i])
+            x_next = torch.addcmul(x, _expand(dt[i], x), u)  #  Euler: exact for a constant x0_hat
+            if solver == "deis":  #  exact for x0_hat linear in t, of slope b: from t to t' it adds
+                x0 = x0_from_velocity(x, t[i], u)  #              b (t' log(t/t') + t' - t)
+                if i:
+                    x_next = torch.addcmul(x_next, _expand(bend[i], x), x0 - x0_before)
+                x0_before = x0
+            x = x_next
+        states = [torch.where(_expand(n == i + 1, x), x, s) for n, s in zip(arrival, states)]
         if callback:
-            callback(i + 1, tau[i + 1], x)
-    return [*states, x]
-
-
-_compile = lru_cache(torch.compile)  # one compiled function per kind of policy
-
-
-def _compiled(policy: Policy, x: Tensor, t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """policy.velocity, compiled; as it is, with a warning, where that does not work."""
-    velocity = partial(_compile(type(policy).velocity), policy)
-    try:
-        velocity(x, t)
-    except Exception as error:  # every backend has exceptions of its own
-        reason = str(error).strip().split("\n")[0]
-        warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=4)
-        return policy.velocity
-    return velocity
+            callback(i + 1, unshift_time(t[i + 1], shift), x)
+    return x if through is None else (x, states)
 
 
 def _substep_grid(
-    waypoints: Tensor, total_substeps: int, length: float | None
+    stops: Tensor, shift: float, total_substeps: int, solver: str, longest: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Times of all substeps (steps + 1, B), and the substeps (P, B) that end at waypoints 1 .. P.
+    """stops: raw times (P + 1, B). -> t (steps + 1, B); the substep that ends at each stop (P, B).
 
-    Each sample takes equal steps of tau between its waypoints; one that has arrived stays there.
+    Substeps are uniform in z between two stops. A sample that has arrived at its last stop stays.
     """
-    n = _substeps(waypoints[:-1] - waypoints[1:], total_substeps)  #              (P, B)
+    z = shift_time(stops, shift) ** (1 / 1.5) if solver == "deis" else stops
+    gap, rate = z[:-1] - z[1:], total_substeps  #                                 (P, B)
+    if solver == "deis":  # as many substeps in all as "euler"
+        n = ((stops[0] - stops[-1]) * total_substeps - 1e-4).ceil().clamp(min=1)
+        rate = n / (z[0] - z[-1]).clamp(min=EPS)
+    n = (gap * (0 if solver == "exact" else rate) - 1e-4).ceil().clamp(min=1)  # forgives rounding
     arrival = n.cumsum(0)
-    if length is None:
+    if solver == "exact":
+        steps = len(n)
+    elif longest is None or n.device.type == "cpu":
         steps = int(arrival[-1].max())
     else:
-        steps = _substeps(length, total_substeps) + len(n) - 1
-    i = torch.arange(steps + 1, device=n.device)[:, None]  #                      (steps + 1, 1)
-    p = (i[:, None] >= arrival).sum(1).clamp(max=len(n) - 1)  #  stretch of each  (steps + 1, B)
-    fraction = ((i - (arrival - n).gather(0, p)) / n.gather(0, p)).clamp(max=1)
-    tau = torch.lerp(waypoints.gather(0, p), waypoints.gather(0, p + 1), fraction)
-    tau[-1] = waypoints[-1]
-    return tau, arrival
-
-
-def _substeps(length: Time, total_substeps: int):
-    """How many substeps a stretch of tau takes; 0.25 of 128 is 32, whatever rounding says."""
-    n = length * total_substeps - 1e-4
-    return n.ceil().clamp(min=1) if isinstance(n, Tensor) else max(1, math.ceil(n))
-
-
-# ==== Teacher guidance ============================================================================
-
-
-def guided_velocity(
-    u_cond: Tensor, u_uncond: Tensor, scale: float, t: Time,
-    interval: tuple[float, float] = (0.0, 1.0), x: Tensor | None = None, orthogonal: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """Classifier-free guidance of a teacher within an interval of noise levels.
-
-    u = u_cond + (scale - 1)(u_cond - u_uncond) where interval[0] <= t <= interval[1], else u_cond.
-    orthogonal in [0, 1] takes away that share of the correction's component along the conditional
-    x_0 estimate (projection over all dims of a sample).
-
-    Args: u_cond, u_uncond: (B, C, *); t: float or (B,); x: (B, C, *), needed if orthogonal > 0.
-    Raises: ValueError if x is missing or t is out of range.
-    """
-    t = _batch(t, u_cond, "t")
-    correction = (scale - 1) * (u_cond - u_uncond)
-    if orthogonal:
-        _require(x is not None, "x is missing: orthogonal guidance needs the state")
-        x0, dims = x0_from_velocity(x, t, u_cond), tuple(range(1, u_cond.ndim))
-        along = (correction * x0).sum(dims) / x0.square().sum(dims).clamp(min=EPS)  #  (B,)
-        correction = correction - orthogonal * _expand(along, x0) * x0
-    inside = _expand((t >= interval[0]) & (t <= interval[1]), u_cond)
-    return u_cond + torch.where(inside, correction, 0.0)
+        steps = max(1, math.ceil(longest * total_substeps - 1e-4)) + len(n) - 1
+    i = torch.arange(steps + 1, device=n.device)[:, None, None]
+    z = (z[0] - (gap * ((i - arrival + n) / n).clamp(0, 1)).sum(1)).clamp(min=0)  # (steps + 1, B)
+    return (z**1.5 if solver == "deis" else shift_time(z, shift)), arrival
 
 
 # ==== pi-ID: imitation distillation ===============================================================
@@ -486,8 +334,8 @@ class PiIDLoss(NamedTuple):
     loss: Tensor  #       scalar, mean squared error
     u_policy: Tensor  #   (M * B, C, *)
     u_teacher: Tensor  #  (M * B, C, *)
-    t: Tensor  #          (M * B,)  noise levels of the comparison
-    x_dst: Tensor  #      (B, C, *) where the detached policy ended the segment
+    t: Tensor  #          (M * B,)   noise levels of the queries
+    x_dst: Tensor  #      (B, C, *)  where the detached policy ends the segment
 
 
 def pi_id_loss(
@@ -495,107 +343,105 @@ def pi_id_loss(
     total_substeps: int = 128, num_intermediates: int = 2, teacher_ratio: float = 0.0,
     window_substeps: int = 0, dropout: float = 0.0,
     uniforms: tuple[Tensor, Tensor] | None = None, generator: torch.Generator | None = None,
-    solver: str = "euler", one_call: bool = False,
+    solver: str = "euler", batch_teacher: bool = False,
 ) -> PiIDLoss:  # fmt: skip
     """On-policy imitation of the teacher over one segment of raw time (Algorithm 1).
 
-    The detached policy walks from (policy.x_src, tau_src) to M random times of the segment
-    [tau_src - segment_size, tau_src]. There the teacher is asked for its velocity, and the policy,
-    with gradient, for its own. No gradient reaches the walk or the teacher.
-
     Args:
-        policy, teacher: see the module; the teacher is called M times with B states, see one_call.
-        tau_src, segment_size: float or (B,) in [0, 1]. A tensor segment_size costs host reads.
-        total_substeps, solver: of the walk, see `rollout`.
-        num_intermediates: M >= 1.
-        teacher_ratio: in [0, 1], the share of the segment that teacher steps walk ("scheduled
-            trajectory mixing", for guidance-distilled teachers: from 1 to 0 early in training).
-        window_substeps: >= 0; compares the policy's mean velocity over this micro-window instead
-            of its velocity at a point. DX needs it: there (x - x0_hat)/t magnifies errors of x.
-        dropout: of components, on the walking policy only (GMFlow), in [0, 1).
-        uniforms: ((B, M), (B, M - 1)) in [0, 1), replaces the random draws: replays a loss.
-        one_call: asks the teacher once, with all M * B states; its labels must repeat. Faster
-            where a batch is too small for the device. For teacher_ratio = 0.
-    Raises: ValueError for arguments out of range.
+        policy: starts the segment [tau_src - segment_size, tau_src] at policy.x_src.
+        tau_src, segment_size: a number, () or (B,), in [0, 1]; a tensor segment_size forces a sync.
+        total_substeps, solver: of the rollout. num_intermediates: M >= 1, queries per sample.
+        teacher_ratio, window_substeps: see `_mixed_queries`; 0 and 0 are the plain algorithm.
+        dropout: in [0, 1), of the detached policy's components (GMFlow).
+        uniforms: ((B, M), (B, M - 1)) in [0, 1) replace the random draws: replays a loss.
+        batch_teacher: one query of M * B states in place of M of B; not with teacher_ratio.
+    Raises: ValueError if the teacher's velocity has another shape than the state.
     """
-    x, M, S, r = _wide(policy.x_src).detach(), num_intermediates, total_substeps, teacher_ratio
-    _require(M >= 1, f"num_intermediates = {M}: must be at least 1")
-    _require(0 <= r <= 1, f"teacher_ratio = {r}: must lie in [0, 1]")
-    _require(window_substeps >= 0, f"window_substeps = {window_substeps}: must not be negative")
-    _require(not (one_call and r), f"teacher_ratio = {r}: must be 0 with one_call")
-    drops = dropout == 0 or isinstance(policy, GMFlowPolicy)
-    _require(drops, f"dropout = {dropout}: for GMFlow policies only")
-
-    tau, segment = _batch(tau_src, x, "tau_src"), _batch(segment_size, x, "segment_size")
-    substep = segment / (segment * S).round().clamp(min=1)
-    window = torch.minimum(window_substeps * substep, segment)
+    x_src, M = _upcast(policy.x_src).detach(), num_intermediates
+    tau, segment = _per_sample(tau_src, x_src), _per_sample(segment_size, x_src)
     if uniforms is None:
-        uniforms = [_random(torch.rand, (len(x), n), x, generator) for n in (M, M - 1)]
-    by_student, by_teacher = (u.to(x).T.sort(0).values for u in uniforms)  #  (M, B), (M - 1, B)
-    zero, one = torch.zeros_like(tau)[None], torch.ones_like(tau)[None]
-    walked = (1 - r) * (segment - window) * by_student.diff(dim=0, prepend=zero)  #     (M, B)
-    jumped = r * (segment - window) * torch.cat([zero, by_teacher, one]).diff(dim=0)  # (M, B)
-    tau_b = (tau - (walked + jumped).cumsum(0)).clamp(min=0)  #  behind the teacher's step
-    tau_a = torch.minimum(tau_b + jumped, tau)  #                where teacher and policy are asked
-    tau_w = (tau_b - window).clamp(min=0)  #                     where the window ends
-    tau_dst = (tau - segment).clamp(min=0)
-    t_a, t_b, t_w = (shift_time(tau_m, shift) for tau_m in (tau_a, tau_b, tau_w))
+        uniforms = [_draw(torch.rand, (len(x_src), n), x_src, generator) for n in (M, M - 1)]
+    uniforms = [draws.to(x_src).T.sort(0).values for draws in uniforms]  #        (M, B), (M - 1, B)
+    longest = None if isinstance(segment_size, Tensor) else segment_size
+    solve = partial(rollout, shift=shift, total_substeps=total_substeps, solver=solver)
 
-    def bound(share: float, windows: int = 0) -> float | None:
-        """Upper bound of a stretch's length, so that no loop below has to ask the device."""
-        if isinstance(segment_size, Tensor):
-            return None
-        one_window = window_substeps * segment_size / max(1, round(segment_size * S))
-        return share * segment_size + windows * one_window
+    def query(states: list[Tensor], times: Tensor) -> Tensor:
+        if batch_teacher:
+            states, times = [torch.cat(states)], times.reshape(1, -1)
+        velocities = [teacher(x, t) for x, t in zip(states, times, strict=True)]
+        for u, x in zip(velocities, states, strict=True):
+            if u.shape != x.shape:
+                given = f"the teacher's velocity has the shape {tuple(u.shape)}"
+                raise ValueError(f"{given}: must be that of the state, {tuple(x.shape)}")
+        return _upcast(torch.cat(velocities))
 
     with torch.no_grad():
-        actor = policy.detach()
-        actor = actor.dropout(dropout, generator) if dropout else actor
-        if r == 0:  # the policy walks alone: one pass through all intermediate times
-            waypoints = torch.cat([tau[None], tau_a, tau_dst[None]])
-            *states, x_dst = _walk(actor, x, waypoints, shift, S, solver, bound(1))
-            asked = zip(states, t_a, strict=True)
-            if one_call:
-                asked = [(torch.cat(states), t_a.flatten())]
-            targets = [_wide(teacher(x_a, t)) for x_a, t in asked]
-        else:  # in turns: the policy walks to tau_a, one Euler step of the teacher leads to tau_b
-            states, targets, tau_before = [], [], tau
-            for m in range(M):
-                waypoints = torch.stack([tau_before, tau_a[m]])
-                (x_a,) = _walk(actor, x, waypoints, shift, S, solver, bound(1 - r))
-                states.append(x_a)
-                targets.append(_wide(teacher(x_a, t_a[m])))
-                x = x_a + _expand(t_b[m] - t_a[m], x) * targets[m]
-                tau_before = tau_b[m]
-            waypoints = torch.stack([tau_before, tau_dst])
-            (x_dst,) = _walk(actor, x, waypoints, shift, S, solver, bound(1 - r, 1))
-
-    predictions = [policy.velocity(x_a, t) for x_a, t in zip(states, t_a, strict=True)]
-    if window_substeps or r:  # mean velocity over [tau_w, tau_a], where that is 2 substeps or more
-        for m, x_a in enumerate(states):
-            waypoints = torch.stack([tau_a[m], tau_w[m]])
-            (x_w,) = _walk(policy, x_a, waypoints, shift, S, solver, bound(r, 1))
-            mean_velocity = (x_a - x_w) / _expand(t_a[m] - t_w[m], x).clamp(min=EPS)
-            short = ((tau_a[m] - tau_b[m] + window) * S).round() < 2
-            predictions[m] = torch.where(_expand(short, x), predictions[m], mean_velocity)
-
-    u_policy, u_teacher = torch.cat(predictions), torch.cat(targets)  #           (M * B, C, *)
+        detached = policy.detach()
+        detached = detached.dropout(dropout, generator) if dropout else detached
+    if teacher_ratio or window_substeps:
+        mix = (tau, segment, uniforms, teacher_ratio, window_substeps, total_substeps, longest)
+        return _pi_id_mixed(policy, detached, query, solve, shift, *mix)
+    with torch.no_grad():
+        tau_m = tau - segment * uniforms[0]  #                                    (M, B)
+        t_m, tau_dst = shift_time(tau_m, shift), (tau - segment).clamp(min=0)
+        x_dst, x_m = solve(detached, x_src, tau, tau_dst, through=tau_m, longest=longest)
+        u_teacher = query(x_m, t_m)
+    u_policy = torch.cat([policy.velocity(x, t) for x, t in zip(x_m, t_m, strict=True)])
     loss = (u_policy - u_teacher).square().mean()
-    return PiIDLoss(loss, u_policy, u_teacher, t_a.flatten(), x_dst)
+    return PiIDLoss(loss, u_policy, u_teacher, t_m.flatten(), x_dst)
+
+
+def _pi_id_mixed(
+    policy: Policy, detached: Policy, query: Callable, solve: Callable, shift: float, tau: Tensor,
+    segment: Tensor, uniforms: list[Tensor], r: float, window_substeps: int, S: int,
+    longest: float | None,
+) -> PiIDLoss:  # fmt: skip
+    """Algorithm 1 with scheduled trajectory mixing and the micro-window.
+
+    r = teacher_ratio: M teacher Euler steps take this share of the segment, between the detached
+        policy's rollouts. From 1 to 0 early in training, for guidance-distilled teachers.
+    window_substeps: the prediction is the policy's mean velocity from tau_a, over the teacher's step
+        and a window W of so many substeps. DX needs it: 1/t magnifies errors of its velocity.
+    """
+    W = (window_substeps * segment / (segment * S).round().clamp(min=1)).minimum(segment)
+    zero, one = torch.zeros_like(tau)[None], torch.ones_like(tau)[None]
+    by_student = (1 - r) * (segment - W) * uniforms[0].diff(dim=0, prepend=zero)  # lengths (M, B)
+    by_teacher = r * (segment - W) * torch.cat([zero, uniforms[1], one]).diff(dim=0)
+    tau_b = (tau - (by_student + by_teacher).cumsum(0)).clamp(min=0)  #  where the teacher's step ends
+    tau_a, tau_w = (tau_b + by_teacher).minimum(tau), (tau_b - W).clamp(min=0)  #  queries, window's end
+    t_a, t_b, t_w = (shift_time(v, shift) for v in (tau_a, tau_b, tau_w))
+    tau_dst, x, x_a = (tau - segment).clamp(min=0), policy.x_src, []
+    with torch.no_grad():
+        if r == 0:
+            x_dst, x_a = solve(detached, x, tau, tau_dst, through=tau_a, longest=longest)
+            u_teacher = query(x_a, t_a)
+        else:
+            targets, longest = [], None if longest is None else (1 - r) * longest
+            for start, a in zip([tau, *tau_b], range(len(tau_b))):
+                x_a.append(solve(detached, x, start, tau_a[a], longest=longest))
+                targets.append(query(x_a[-1:], t_a[a : a + 1]))
+                x = x_a[-1] + _expand(t_b[a] - t_a[a], x) * targets[-1]
+            x_dst, u_teacher = solve(detached, x, tau_b[-1], tau_dst), torch.cat(targets)
+    predictions = []
+    for m, x in enumerate(x_a):
+        x_w = solve(policy, x, tau_a[m], tau_w[m], longest=longest)
+        mean = (x - x_w) / _expand(t_a[m] - t_w[m], x).clamp(min=EPS)
+        short = ((tau_a[m] - tau_b[m] + W) * S).round() < 2  #  there the local velocity
+        predictions.append(torch.where(_expand(short, x), policy.velocity(x, t_a[m]), mean))
+    u_policy = torch.cat(predictions)
+    return PiIDLoss((u_policy - u_teacher).square().mean(), u_policy, u_teacher, t_a.flatten(), x_dst)
 
 
 def segment_of(tau: Time, nfe: int, final_step_size_scale: float = 1.0) -> tuple[Time, Time]:
-    """The segment that contains raw time tau: tau rounded up to the grid of segment ends.
+    """The segment that holds raw time tau, in (0, 1]: tau rounded up to the grid of segment ends.
 
-    There are nfe segments, each 1 / (nfe - 1 + f) long with f = final_step_size_scale, the last
-    one f times that. tau: float or (B,) in (0, 1]. Returns (tau_src, segment_size), as tau is.
-    Raises: ValueError for nfe < 1 or f <= 0.
+    nfe segments of length 1 / (nfe - 1 + f), f = final_step_size_scale > 0; the last is f times that.
+    Returns: (tau_src, segment_size), numbers or (B,) as tau is. Raises: ValueError for nfe < 1.
     """
-    f = final_step_size_scale
-    _require(nfe >= 1, f"nfe = {nfe}: must be at least 1")
-    _require(f > 0, f"final_step_size_scale = {f}: must be positive")
-    base = 1 / (nfe - 1 + f)
-    i = (1 - tau) / base + 1e-6  # segments above tau; a tau on the grid starts its own segment
+    if nfe < 1:
+        raise ValueError(f"nfe = {nfe}: must be at least 1")
+    f, base = final_step_size_scale, 1 / (nfe - 1 + final_step_size_scale)
+    i = (1 - tau) / base + 1e-6  #  segments above tau; a tau on the grid starts its own segment
     i = i.floor().clamp(max=nfe - 1) if isinstance(i, Tensor) else min(math.floor(i), nfe - 1)
     return 1 - i * base, base * (1 + (f - 1) * (i == nfe - 1))
 
@@ -606,39 +452,37 @@ def pi_id_data_dependent(
 ) -> PiIDLoss:  # fmt: skip
     """Algorithm 2: the loss on a random segment, whose start x_src is data plus noise.
 
-    For nfe = 1 every segment starts at t = 1 in pure noise: x_0 gives but the shape, and
-    distillation needs no data. x_0: (B, C, *). loss_options: of `pi_id_loss`.
+    For nfe = 1 every segment starts in pure noise: x_0, (B, C, *), only gives the shape, and
+    distillation needs no data. loss_options: of `pi_id_loss`.
     """
     tau_src, segment_size = 1.0, 1.0
-    if nfe > 1:
-        tau = 1 - _random(torch.rand, (len(x_0),), x_0, generator)  #             in (0, 1]
+    if nfe != 1:
+        tau = 1 - _draw(torch.rand, (len(x_0),), x_0, generator)  #               in (0, 1]
         tau_src, segment_size = segment_of(tau, nfe, final_step_size_scale)
-        if final_step_size_scale == 1:
-            segment_size = 1 / nfe  # as a float it costs no host read
-    eps = _random(torch.randn, x_0.shape, x_0, generator)
-    t_src = _batch(shift_time(tau_src, shift), x_0, "t_src")
-    x_src = torch.lerp(_wide(x_0), eps, _expand(t_src, x_0))  #  (1 - t) x_0 + t eps
-    policy, draws = student(x_src, t_src), {"generator": generator}
-    return pi_id_loss(policy, teacher, tau_src, segment_size, shift, **draws, **loss_options)
+        segment_size = 1 / nfe if final_step_size_scale == 1 else segment_size  #  a number: no sync
+    t_src = _per_sample(shift_time(tau_src, shift), x_0)
+    eps = _draw(torch.randn, x_0.shape, x_0, generator)
+    x_src = torch.lerp(_upcast(x_0), eps, _expand(t_src, x_0))  #  (1 - t) x_0 + t eps
+    draws = {"shift": shift, "generator": generator}
+    return pi_id_loss(student(x_src, t_src), teacher, tau_src, segment_size, **draws, **loss_options)
 
 
 def pi_id_data_free(
     student: Student, teacher: Teacher, noise: Tensor, nfe: int = 1, shift: float = 1.0,
     final_step_size_scale: float = 1.0, generator: torch.Generator | None = None, **loss_options,
 ) -> Iterator[tuple[float, PiIDLoss]]:  # fmt: skip
-    """Algorithm 3: from noise through every segment in turn; no data at any nfe.
+    """Algorithm 3: from noise (B, C, *) through every segment in turn; no data at any nfe.
 
-    Yields (segment_size, PiIDLoss) for each segment; the detached policy carries x to the next.
-        for weight, out in pi_id_data_free(...):
-            (weight * out.loss).backward()      # and then one optimizer step
-    noise: (B, C, *). loss_options: of `pi_id_loss`.
+    Yields (segment_size, PiIDLoss); the detached policy carries x to the next segment.
+        for segment_size, out in pi_id_data_free(...):
+            (segment_size * out.loss).backward()      # and then one optimizer step
     """
-    tau, x_src = 1.0, _wide(noise)
+    tau, x_src = 1.0, _upcast(noise)
     for _ in range(nfe):
         tau_src, segment_size = segment_of(tau, nfe, final_step_size_scale)
-        t_src = _batch(shift_time(tau_src, shift), x_src, "t_src")
-        policy, draws = student(x_src, t_src), {"generator": generator}
-        out = pi_id_loss(policy, teacher, tau_src, segment_size, shift, **draws, **loss_options)
+        policy = student(x_src, _per_sample(shift_time(tau_src, shift), x_src))
+        draws = {"shift": shift, "generator": generator}
+        out = pi_id_loss(policy, teacher, tau_src, segment_size, **draws, **loss_options)
         yield segment_size, out
         tau, x_src = tau_src - segment_size, out.x_dst
 
@@ -647,12 +491,12 @@ def pi_id_data_free(
 
 
 class FlowMapSchedule(NamedTuple):
-    """Levels of the few-step sampler, one entry for each network evaluation, all (nfe,)."""
+    """Levels of the few-step sampler, (nfe,) each."""
 
-    t_src: Tensor  # where the network is evaluated
-    t_to: Tensor  #  the next level, 0 at the end
-    t_dst: Tensor  # where the policy is followed to; noise is added from there to t_to
-    m: Tensor  #     the share of the old noise that is kept, 1 is deterministic
+    t_src: Tensor  #  where the network is evaluated
+    t_to: Tensor  #   the next level, 0 at the end
+    t_dst: Tensor  #  where the policy is followed to; fresh noise leads back up to t_to
+    m: Tensor  #      share of the old noise that is kept; 1 is deterministic
 
 
 def flow_map_schedule(
@@ -660,23 +504,18 @@ def flow_map_schedule(
 ) -> FlowMapSchedule:
     """Source levels uniform in tau, from 1 with step 1 / (nfe - 1 + f), then shifted.
 
-    With stochasticity h > 0 (inf: full) a step goes on to t_dst < t_to and returns to t_to by
-    fresh noise:
-        m = (t_to alpha_src / (t_src alpha_to))^(h^2),    t_dst = t_to m / (alpha_to + t_to m)
-    Raises: ValueError for nfe < 1, f = final_step_size_scale <= 0 or h < 0.
+    With stochasticity h in [0, inf] a step goes on to t_dst < t_to and returns by fresh noise:
+        m = (t_to alpha_src / (t_src alpha_to))^(h^2),    t_dst = t_to m / (alpha_to + t_to m).
+    Raises: ValueError for nfe < 1.
     """
-    columns = zip(*_levels(nfe, shift, final_step_size_scale, h), strict=True)
-    return FlowMapSchedule(*(torch.tensor(column) for column in columns))
+    return FlowMapSchedule(*torch.tensor(_levels(nfe, shift, final_step_size_scale, h)).unbind(1))
 
 
-def _levels(nfe: int, shift: float, f: float, h: float) -> list[tuple[float, float, float, float]]:
-    """(t_src, t_to, t_dst, m) of each step as Python floats: the sampler asks no device."""
-    _require(h >= 0, f"h = {h}: must not be negative")
-    tau, levels = 1.0, []
-    for i in range(max(nfe, 1)):
-        tau_src, segment_size = segment_of(tau, nfe, f)
-        tau = tau_src - segment_size if i < nfe - 1 else 0.0
-        t_src, t_to = shift_time(tau_src, shift), shift_time(tau, shift)
+def _levels(nfe: int, shift: float, f: float, h: float) -> list[tuple[float, ...]]:
+    """(t_src, t_to, t_dst, m) of each step as Python numbers, which force no device sync."""
+    tau = [segment_of(1.0, nfe, f)[0] - i / (nfe - 1 + f) for i in range(nfe)]
+    levels = []
+    for t_src, t_to in zip(*([shift_time(v, shift) for v in part] for part in (tau, [*tau[1:], 0.0]))):
         m = (t_to * (1 - t_src) / (t_src * (1 - t_to))) ** (h * h)
         levels.append((t_src, t_to, t_to * m / (1 - t_to + t_to * m), m))
     return levels
@@ -687,75 +526,49 @@ def sample(
     student: Student, noise: Tensor, nfe: int = 1, shift: float = 1.0,
     final_step_size_scale: float = 1.0, h: float = 0.0, temperature: float = 1.0,
     total_substeps: int = 128, generator: torch.Generator | None = None, solver: str = "euler",
-    callback: Callback | None = None, compile: bool = False,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Few-step sampling: nfe calls of the student, and policies between them.
+    """Few-step sampling (section 3): nfe evaluations of the student, rollouts between them.
 
     Args:
-        noise: (B, C, *), the state at t = 1.
-        nfe: >= 1; may exceed the number that was trained ("elastic inference").
-        shift, final_step_size_scale, h: see `flow_map_schedule`.
+        noise: (B, C, *), the state at t = 1. nfe: may exceed what was trained ("elastic inference").
+        shift, final_step_size_scale, h: see `flow_map_schedule`. generator: of the noise for h > 0.
         temperature: > 0, of GMFlow policies on every step but the last.
-        generator: of the noise that h > 0 adds.
-        total_substeps, solver, callback, compile: see `rollout`; substeps count from 0 in each
-            segment.
-    Returns: x_0 (B, C, *), in the precision of policies.
-    Raises: ValueError for arguments out of range, or if the result is not finite.
+        total_substeps, solver, callback: see `rollout`; substeps count from 0 in each segment.
+    Returns: x_0 (B, C, *) in the precision of policies. Raises: ValueError for nfe < 1.
     """
-    x = _wide(noise)
+    x = _upcast(noise)
     for i, (t_src, t_to, t_dst, m) in enumerate(_levels(nfe, shift, final_step_size_scale, h)):
-        policy = student(x, _batch(t_src, x, "t_src"))
+        policy = student(x, _per_sample(t_src, x))
         if temperature != 1 and i < nfe - 1:
-            gmflow = isinstance(policy, GMFlowPolicy)
-            _require(gmflow, f"temperature = {temperature}: for GMFlow policies only, leave it 1")
             policy = policy.temperature(temperature)
         tau_src, tau_dst = unshift_time(t_src, shift), unshift_time(t_dst, shift)
-        steps = (shift, total_substeps, solver, callback, compile)
-        x = rollout(policy, x, tau_src, tau_dst, *steps)
+        x = rollout(policy, x, tau_src, tau_dst, shift, total_substeps, solver, callback)
         if m < 1:
-            eps = _random(torch.randn, x.shape, x, generator)
+            eps = _draw(torch.randn, x.shape, x, generator)
             x = (1 - t_to + t_to * m) * x + t_to * math.sqrt(1 - m * m) * eps
-    finite = type(x) is not Tensor or bool(x.isfinite().all())
-    _require(finite, "the sample is not finite (NaN or inf): check the student and its weights")
     return x
 
 
-def _self_check() -> None:
-    """Checks the chain on a mixture of Gaussians, whose posterior the textbook gives."""
-    torch.manual_seed(0)
-    B, K, C, std = 256, 5, 2, 0.1
-    centers, noise = torch.randn(K, C).double(), torch.randn(B, C).double()
-
-    def student(x: Tensor, t: Tensor) -> GMFlowPolicy:
-        alpha, t = 1 - t[:, None, None], t[:, None, None]  #                      (B, 1, 1)
-        total, residual = alpha**2 * std**2 + t**2, x[:, None] - alpha * centers
-        m = centers + alpha * std**2 / total * residual  #  means of x_0          (B, K, C)
-        logweights = -residual.square().sum(2, keepdim=True) / (2 * total)
-        mixture = GaussianMixture((x[:, None] - m) / t, (std / total.sqrt()).log(), logweights)
-        return GMFlowPolicy(mixture, x, t.flatten())
-
-    def teacher(x: Tensor, t: Tensor) -> Tensor:
-        means, _, logweights = student(x, t).mixture
-        return (logweights.softmax(1) * means).sum(1)
-
-    policy, t = student(noise, torch.ones(B).double()), torch.rand(B).double()
-    dx = DXPolicy(policy.mixture.means, noise, 1.0)
-    walk = partial(rollout, x=noise, tau_start=1.0, tau_end=0.0)
-    end = walk(policy, total_substeps=4096, solver="ab2")
-    checks = [
-        ("GMFlow policy = exact teacher", policy.velocity(noise, t) - teacher(noise, t), 1e-9),
-        ("pi-ID loss of the exact policy", pi_id_loss(policy, teacher, 1.0, 1.0).loss, 1e-9),
-        ("rollout, Euler, 128 substeps", walk(policy) - end, 0.02),
-        ("rollout, AB2, 32 substeps", walk(policy, total_substeps=32, solver="ab2") - end, 0.02),
-        ("sampler, 4 network evaluations", sample(student, noise, 4, solver="ab2") - end, 0.02),
-        ("DX, closed form = 4096 substeps",
-         walk(dx, solver="exact") - walk(dx, total_substeps=4096), 0.02),
-    ]  # fmt: skip
-    for name, gap, limit in checks:
-        gap = gap.abs().mean().item()
-        print(f"{name:36s} {gap:8.1e}  {'ok' if gap <= limit else 'WRONG'}")
-        _require(gap <= limit, f"self-check failed: {name}")
+# ==== Helpers =====================================================================================
 
 
-if __name__ == "__main__":
-    _self_check()
+def _expand(t: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, ...) with as many dims as x, so that it broadcasts."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _upcast(x: Tensor) -> Tensor:
+    """The precision of policies: float32, or float64 for float64 inputs."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_sample(value: Time, x: Tensor) -> Tensor:
+    """A number, () or (B,) -> (B,), beside x in the precision of policies."""
+    return torch.as_tensor(value, device=x.device, dtype=_upcast(x[:0]).dtype).expand(len(x))
+
+
+def _draw(draw: Callable, shape: tuple, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """torch.rand or torch.randn on the generator's device, moved beside x."""
+    device = x.device if generator is None else generator.device
+    return draw(shape, generator=generator, device=device, dtype=_upcast(x[:0]).dtype).to(x.device)

@@ -197,7 +197,7 @@ def make_density(name: str) -> Board | Gaussians:
 # ------------------------------------------------------------------------------------------------
 
 COMPONENTS = {"gmflow": 32, "dx": 20}  # K of a GMFlow, N of a DX policy
-SOLVER = {"gmflow": "ab2", "dx": "exact"}  # how a policy is followed
+SOLVER = {"gmflow": "deis", "dx": "exact"}  # how a policy is followed
 
 
 class Student(nn.Module):

@@ -22,7 +22,7 @@ import torch
 from imagenet import fashion
 from imagenet.dit import guided_teacher, load_dit
 from common.cli import pick_device, run_cli
-from runs import load_decoder
+from imagenet.distributed import load_decoder
 from common.static_policy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
 
 HUB = "Lakonik/pi-Flow-ImageNet/teachers/"
@@ -47,7 +47,7 @@ TEACHERS = {
         class_name="ankle boot",
         cfg=2.5,
         interval=(0.0, 0.8),
-        settings=ToySettings(iters=1200, lr=2e-2, intermediates=4, one_call=True),
+        settings=ToySettings(iters=1200, lr=2e-2, intermediates=4, batch_teacher=True),
     ),
     "repa": Source(HUB + "repa_imagenet.pth", time_scale=1.0),
     "fm": Source(HUB + "flowdit_imagenet.pth", time_scale=1000.0),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import text_to_image.pipelines as dm
 from common.cli import atomic, pick_device, run_cli
-from piflow_minimal import guided_velocity
+from common.teachers import guided_velocity
 from common.static_policy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
 
 SHIFT = 3.2

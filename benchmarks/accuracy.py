@@ -5,7 +5,7 @@
 
 The policies: two students of toy_2d.py, trained here for --iters iterations, the student that ships
 in assets/, and any other tiny student whose file is named. The error is the root mean square
-distance to where the same policy leads in the limit (ab2 with 4096 substeps; the closed form for
+distance to where the same policy leads in the limit (deis with 4096 substeps; the closed form for
 DX), from the same noises, after one network evaluation.
 """
 
@@ -51,13 +51,13 @@ def errors(policy: Policy) -> dict[str, list[float]]:
         return rollout(policy, policy.x_src, 1.0, 0.0, **options)
 
     dx = isinstance(policy, DXPolicy)
-    limit = walk(solver="exact") if dx else walk(total_substeps=LIMIT, solver="ab2")
+    limit = walk(solver="exact") if dx else walk(total_substeps=LIMIT, solver="deis")
     found = {
         solver: [
             (walk(total_substeps=n, solver=solver) - limit).square().mean().sqrt().item()
             for n in SUBSTEPS
         ]
-        for solver in ("euler", "ab2")
+        for solver in ("euler", "deis")
     }
     return found | ({"exact": [0.0] * len(SUBSTEPS)} if dx else {})
 

@@ -136,9 +136,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     device = pick_device(args.device)
     keep_freed_memory()
-    ab2, euler = {"total_substeps": 16, "solver": "ab2"}, {"total_substeps": 128}
+    deis, euler = {"total_substeps": 16, "solver": "deis"}, {"total_substeps": 128}
     cases = {
-        "tiny, K = 8, ab2, 16 substeps": make(0, 8, 32, ab2, device),
+        "tiny, K = 8, deis, 16 substeps": make(0, 8, 32, deis, device),
         "tiny, K = 8, euler, 128": make(0, 8, 32, euler, device),
         "2 layers of XL/2, K = 32, euler, 128": make(2, 32, args.batch, euler, device),
     }

@@ -6,7 +6,7 @@
 Sizes: a batch of four ImageNet latents (K = 32), one Qwen-Image latent of 1360 x 768 (K = 8), and
 DX (N = 10). `plain` evaluates the formula of GMFlowPolicy.velocity as it stands in the papers, with
 its (B, K, C, H, W) tensors made anew in every substep; `eager` and `compiled` are the policy, the
-latter with rollout(..., compile=True). `floor` is 128 times the time in which this machine reads
+latter with rollout(...). `floor` is 128 times the time in which this machine reads
 the means once: no method that reads them in every substep can be faster.
 
 Also: kernels per substep, as the profiler counts them, and time over K, N, C, size and batch.

@@ -1,18 +1,198 @@
-"""What several scripts need and what is not pi-Flow: devices, error lines, files, bars.
+"""What all scripts share and what is not pi-Flow: flags, error lines, devices, whole-file writes.
 
-Nothing here knows about flows or policies; `piflow_minimal.py` does not import it.
+A script's settings are one frozen dataclass, a line of help beside each field:
+
+    @dataclass(frozen=True)
+    class Settings:
+        iterations: int = setting(1000, "optimizer steps", low=1)
+        policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx"))
+        out: Path = setting(Path("outputs/toy"), "folder for the results")
+
+    settings = parse(Settings, __doc__, argv)       # --iterations 500 --policy dx
 """
 
+import argparse
 import contextlib
 import ctypes
+import dataclasses
+import difflib
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps"
+
+
+# ---- Settings and flags --------------------------------------------------------------------------
+
+
+def setting(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None,
+    above: float | None = None, choices: Sequence | Mapping | None = None, flag: str = "",
+    metavar: Any = None, positional: bool = False,
+) -> Any:  # fmt: skip
+    """A dataclass field with its help text and what it accepts.
+
+    Args: low, high: inclusive bounds of numbers; above: exclusive lower bound; choices: all accepted
+        values; flag: name of the flag, if it is not the field's; positional: no flag at all.
+        A positional field without a default has default=dataclasses.MISSING.
+    """
+    about = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+    about |= {"flag": flag, "metavar": metavar, "positional": positional}
+    return dataclasses.field(default=default, metadata=about)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are ValueErrors of one line; an unknown flag is answered with the closest one."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            given = message.removeprefix("unrecognized arguments: ").split()[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(given.split("=")[0], known, 1)
+            hint = f"; did you mean {close[0]}?" if close else "; --help lists the flags"
+            message = f"unknown argument {given}{hint}"
+        raise ValueError(message)
+
+
+def parse(
+    cls: type[T], description: str, argv: Sequence[str] | None = None,
+    presets: Mapping[Any, T] | None = None, by: str = "preset",
+) -> T:  # fmt: skip
+    """Command line -> an instance of the settings dataclass `cls`.
+
+    Flags are the fields' names with dashes. bool fields are --flag / --no-flag; tuple fields take
+    several values. With `presets` the flag --`by` chooses the instance whose values are the
+    defaults. If `by` is itself a field of cls, a name outside `presets` is a value like any other
+    and the defaults are those of cls; else it is an error. The first preset is the default.
+    Raises: ValueError, one line: an unknown flag, a value of another type or out of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    defaults = {f.name: f.default for f in fields.values()}
+    first_line = description.strip().split("\n")[0]
+    parser = _Parser(
+        description=first_line, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    if presets:
+        first = _Parser(add_help=False, allow_abbrev=False)
+        standard = next(iter(presets)) if by not in fields else fields[by].default
+        add = {"default": standard, "help": "one of " + ", ".join(map(str, presets))}
+        if by in fields:
+            _add(first, fields[by], typing.get_type_hints(cls)[by], standard)
+        else:
+            first.add_argument(_flag(by), **add)
+        name = getattr(first.parse_known_args(argv)[0], by)
+        if name not in presets and by not in fields:
+            raise ValueError(f"{_flag(by)} is {name!r}; choose one of {', '.join(presets)}")
+        if name in presets:
+            chosen = presets[name]
+            defaults = {field: getattr(chosen, field) for field in fields}
+        if by not in fields:
+            parser.add_argument(_flag(by), **add)
+        else:
+            defaults[by] = standard
+    hints = typing.get_type_hints(cls)
+    for field in fields.values():
+        _add(parser, field, hints[field.name], defaults[field.name])
+    values = vars(parser.parse_args(argv))
+    values = {name: values[name] for name in fields}
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    settings = cls(**values)
+    check_settings(settings)
+    return settings
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, default: Any):
+    """Adds one field's flag."""
+    about = field.metadata
+    options = {"help": about.get("help"), "default": default}
+    if about.get("choices"):
+        options["help"] += f": {', '.join(map(str, about['choices']))}"
+    if about.get("metavar"):
+        options["metavar"] = about["metavar"]
+    if isinstance(kind, types.UnionType):  # X | None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        options |= {"nargs": "*" if parts[-1] is Ellipsis else len(parts), "type": parts[0]}
+    elif kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = kind
+    if about.get("positional"):
+        options.pop("default") if default is dataclasses.MISSING else options.update(nargs="?")
+        parser.add_argument(field.name, **options)
+    else:
+        flag = "--" + about["flag"] if about.get("flag") else _flag(field.name)
+        parser.add_argument(flag, dest=field.name, **options)
+
+
+def check_settings(settings: Any) -> None:
+    """Raises: ValueError for a field outside the bounds or choices that `setting` states."""
+    for field in dataclasses.fields(settings):
+        about, given = field.metadata, getattr(settings, field.name)
+        if not about or given is None:
+            continue
+        flag = "--" + about["flag"] if about["flag"] else _flag(field.name)
+        flag = field.name if about["positional"] else flag
+        for value in given if isinstance(given, tuple) else (given,):
+            if about["choices"] and value not in about["choices"]:
+                known = ", ".join(map(str, about["choices"]))
+                raise ValueError(f"{flag} is {value!r}; choose one of {known}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            low, high, above = about["low"], about["high"], about["above"]
+            fits = (low is None or value >= low) and (high is None or value <= high)
+            fits = fits and (above is None or value > above) and not math.isnan(value)
+            if not fits or (math.isinf(value) and high is None and about.get("low") is not None):
+                bounds = [f"at least {low:g}"] if low is not None else []
+                bounds += [f"above {above:g}"] if above is not None else []
+                bounds += [f"at most {high:g}"] if high is not None else []
+                raise ValueError(f"{flag} is {value}; it must be {' and '.join(bounds or ['finite'])}")
+
+
+def check_interval(flag: str, interval: tuple[float, float]) -> None:
+    """Raises: ValueError unless 0 <= LOW <= HIGH <= 1."""
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{flag} is {low:g} {high:g}; it must be 0 <= LOW <= HIGH <= 1")
+
+
+def run_cli(main: Callable[[], Any]) -> None:
+    """Runs a script's `main`; bad input ends it with one line on stderr and exit code 1.
+
+    Errors of the kinds that our checks raise (ValueError, OSError, ImportError) are for the user;
+    everything else is a bug and keeps its traceback.
+    """
+    keep_freed_memory()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+# ---- Devices and compilation ---------------------------------------------------------------------
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -25,11 +205,45 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name!r} is not available here; use auto, cpu, cuda, cuda:N or mps"
-        ) from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name!r} is not available here; use {DEVICE_HELP}") from error
     return torch.device(name)
+
+
+def compiled(function: Callable, *example: Any) -> Callable:
+    """torch.compile of a function; the function itself, with a warning, where that does not work.
+
+    example: arguments of one call, to find out. Usage: `GMFlowPolicy.velocity = compiled(...)`.
+    """
+    fast = torch.compile(function)
+    try:
+        fast(*example)
+    except Exception as error:  # every backend has exceptions of its own
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=2)
+        return function
+    return fast
+
+
+@contextlib.contextmanager
+def compiled_policies(enabled: bool = True) -> Iterator[None]:
+    """Within the block, `velocity` of both policies goes through torch.compile."""
+    from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
+
+    if not enabled:
+        yield
+        return
+    x, means = torch.zeros(1, 2, 4), torch.zeros(1, 3, 2, 4)
+    mixture = GaussianMixture(means, torch.zeros(1, 1, 1, 1), torch.zeros(1, 3, 1, 4))
+    eager = {kind: kind.velocity for kind in (GMFlowPolicy, DXPolicy)}
+    try:
+        for policy in (GMFlowPolicy(mixture, x, 1.0), DXPolicy(means, x, 1.0)):
+            kind = type(policy)
+            kind.velocity = compiled(eager[kind], policy, x, torch.ones(1))
+        yield
+    finally:
+        for kind, velocity in eager.items():
+            kind.velocity = velocity
 
 
 def keep_freed_memory() -> None:
@@ -44,19 +258,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the heap back
 
 
-def run_cli(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; bad input ends it with one line on stderr and exit code 1.
-
-    Errors of the kinds that our checks raise (ValueError, OSError, ImportError) are for the user;
-    everything else is a bug and keeps its traceback.
-    """
-    keep_freed_memory()
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -51,9 +51,9 @@ class ToySettings:
     lr: float = 5e-3  # of Adam; a cosine takes it to zero
     intermediates: int = 2  # teacher calls per iteration
     substeps: int = 128  # of the policy's rollout
-    solver: str = "ab2"  # of the policy's rollout
+    solver: str = "deis"  # of the policy's rollout
     time_weight: float = 1.0  # squared errors count t ** time_weight; 0 is the published loss
-    one_call: bool = False  # one teacher call for all intermediates: more memory, less time
+    batch_teacher: bool = False  # one teacher call for all intermediates: more memory, less time
     teacher_steps: int = 512  # Heun steps of the reference trajectory
     seed: int = 42
 
@@ -64,7 +64,7 @@ class ToySettings:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
         if not self.time_weight >= 0:
             raise ValueError(f"--time-weight is {self.time_weight}; it must be at least 0")
-        for name, accepted in (("policy", ("gmflow", "dx")), ("solver", ("euler", "ab2"))):
+        for name, accepted in (("policy", ("gmflow", "dx")), ("solver", ("euler", "deis"))):
             if getattr(self, name) not in accepted:
                 raise ValueError(
                     f"--{name} is {getattr(self, name)!r}; choose one of {', '.join(accepted)}"
@@ -85,9 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: ToySettings) -> Non
         "lr": "of Adam; a cosine takes it to zero",
         "intermediates": "times per iteration at which the teacher is asked",
         "substeps": "of the policy's rollout",
-        "solver": "of the policy's rollout: euler or ab2",
+        "solver": "of the policy's rollout: euler or deis",
         "time_weight": "squared errors count t to this power; 0 is the published loss",
-        "one_call": "one teacher call for all intermediates: more memory, less time",
+        "batch_teacher": "one teacher call for all intermediates: more memory, less time",
         "teacher_steps": "Heun steps of the reference trajectory",
         "seed": "of the noise and of the training",
     }
@@ -187,7 +187,7 @@ def fit(
             window_substeps=window,
             generator=generator,
             solver=settings.solver,
-            one_call=settings.one_call,
+            batch_teacher=settings.batch_teacher,
         )
         error = (pair.u_policy - pair.u_teacher).square().flatten(1).mean(1)  #    (M B,)
         loss = (error * pair.t**settings.time_weight).mean()

@@ -95,7 +95,7 @@ class Config:
     micro_batch: int = setting(128, "samples that a process handles at once; 0: its whole share")
     intermediates: int = setting(2, "times per segment at which the teacher is asked")
     substeps: int = setting(128, "of the walking policy, per unit of time")
-    solver: str = setting("euler", "of the walking policy: euler, ab2, or exact (dx only)")
+    solver: str = setting("euler", "of the walking policy: euler, deis, or exact (dx only)")
     window_substeps: int = setting(0, "micro-window for dx: compares mean velocities over it")
     dropout: float = setting(0.05, "of components, while the policy walks (gmflow)")
     time_weight: float = setting(0.0, "weight the squared error at t by t to this power")
@@ -137,7 +137,7 @@ FREE |= {"save_every", "keep", "picture_every", "teacher_steps", "logger"}
 
 TINY = Config(
     teacher="tiny", guidance=2.5, guidance_high=0.8, components=8, iterations=8000, batch=32,
-    micro_batch=32, intermediates=1, substeps=16, solver="ab2", time_weight=1.0, loss_scale=1.0,
+    micro_batch=32, intermediates=1, substeps=16, solver="deis", time_weight=1.0, loss_scale=1.0,
     lr=2e-3, lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0,
     bf16=False, checkpointing=False, save_every=500, picture_every=1000,
 )  # fmt: skip
@@ -190,7 +190,7 @@ def check(config: Config) -> None:
     """Raises: ValueError that names the setting, what was given and what is accepted."""
     choices = {
         "policy": ("gmflow", "dx"),
-        "solver": ("euler", "ab2", "exact") if config.policy == "dx" else ("euler", "ab2"),
+        "solver": ("euler", "deis", "exact") if config.policy == "dx" else ("euler", "deis"),
         "lr_decay": ("none", "cosine"),
         "optimizer": ("adamw", "adamw8bit"),
         "logger": ("none", "tensorboard", "wandb"),

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.cli import atomic
-from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, guided_velocity
+from common.teachers import guided_velocity
+from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
 
 HEADS = ("velocity", "gmflow", "dx")
 FREQUENCIES = 256  # width of the sinusoidal embedding of t

@@ -326,7 +326,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher", default="", help="of the pairs; default: the run's, or tiny for a tiny model")
     add("--teacher-steps", type=int, default=64, help="Euler steps of the teacher of the pairs")
     add("--substeps", type=int, default=0, help="per unit of tau; 0: as trained, or 128")
-    add("--solver", default="", help="euler, ab2, exact; default: as trained, or exact (dx), euler")
+    add("--solver", default="", help="euler, deis, exact; default: as trained, or exact (dx), euler")
     add("--h", type=float, default=0.0, help="noise between a student's steps: 0 none, inf full")
     add("--temperature", type=float, default=1.0, help="of a gmflow student, before the last step")
     add("--compile", action="store_true", help="torch.compile a student's policy")
@@ -355,8 +355,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     low, high = args.interval or (0, 1)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"--interval is {low:g} {high:g}; it must be 0 <= LOW <= HIGH <= 1")
-    if args.solver not in ("", "euler", "ab2", "exact"):
-        raise ValueError(f"--solver is {args.solver!r}; choose euler, ab2 or exact")
+    if args.solver not in ("", "euler", "deis", "exact"):
+        raise ValueError(f"--solver is {args.solver!r}; choose euler, deis or exact")
     for name in ("reference", "inception"):
         if getattr(args, name) and not Path(getattr(args, name)).exists():
             raise FileNotFoundError(f"--{name} {getattr(args, name)}: no such file or folder")

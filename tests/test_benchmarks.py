@@ -62,7 +62,7 @@ def test_errors_shrink_with_substeps(monkeypatch):
     monkeypatch.setattr(accuracy, "LIMIT", 512)
     for policy in (accuracy.policy_of_toy("dx", 2), accuracy.policy_of_file(accuracy.STUDENT)):
         found = accuracy.errors(policy)
-        assert found["euler"][1] < found["euler"][0] and found["ab2"][1] < found["ab2"][0]
+        assert found["euler"][1] < found["euler"][0] and found["deis"][1] < found["deis"][0]
         assert ("exact" in found) == isinstance(policy, DXPolicy)
 
 

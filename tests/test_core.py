@@ -15,12 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piflow_minimal as piflow
+from common.teachers import guided_velocity
 from piflow_minimal import (
     DXPolicy,
     GaussianMixture,
     GMFlowPolicy,
     flow_map_schedule,
-    guided_velocity,
     pi_id_data_dependent,
     pi_id_data_free,
     pi_id_loss,
@@ -256,7 +256,7 @@ def test_policies_share_nothing_between_samples():
             i = slice(b, b + 1)
             alone = make(i)
             assert torch.allclose(alone.velocity(x[i], t[i]), batch.velocity(x, t)[i], rtol=1e-12)
-            for solver in ("euler", "ab2"):
+            for solver in ("euler", "deis"):
                 args = {"shift": 3.2, "total_substeps": 16, "solver": solver}
                 tau = unshift_time(t_src, 3.2)
                 whole = rollout(batch, x_src, tau, end * tau, **args)
@@ -357,7 +357,7 @@ def test_number_of_substeps():
     assert count_substeps(1.0, 0.0, 16) == 16
 
 
-@pytest.mark.parametrize("solver", ["euler", "ab2"])
+@pytest.mark.parametrize("solver", ["euler", "deis"])
 def test_rollout_is_the_solver_of_the_textbook(solver):
     """Against a plain loop over one sample with its own number of substeps."""
     mixture, x_src = random_mixture(), random_state()
@@ -378,7 +378,7 @@ def test_rollout_is_the_solver_of_the_textbook(solver):
         assert torch.allclose(ours[b], x[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("ab2", 2)])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("deis", 2)])
 @pytest.mark.parametrize("shift", [1.0, 3.2])
 def test_convergence_order(solver, order, shift):
     """Against the exact solution for Gaussian data: x_t = sqrt(a^2 s^2 + t^2) eps."""
@@ -405,7 +405,7 @@ def test_exact_solver_is_the_limit_of_substeps(n, shift):
     for end in (torch.tensor([0.7, 0.15, 0.02]).double(), torch.tensor([0.2, 0.1, 0.1]).double()):
         exact = rollout(policy, x_src, tau_src, end, shift, solver="exact")
         for substeps in (2000, 8000):
-            fine = rollout(policy, x_src, tau_src, end, shift, substeps, solver="ab2")
+            fine = rollout(policy, x_src, tau_src, end, shift, substeps, solver="deis")
             assert (exact - fine).abs().max() < (2000 / substeps) ** 2 * 2e-3
     data = rollout(policy, x_src, tau_src, 0.0, shift, solver="exact")  # ends on x0_hat(0)
     assert torch.allclose(data, policy.x0_hat(full(3, 0.0)), atol=1e-3)
@@ -463,7 +463,7 @@ def test_without_a_compiler_there_is_a_warning_and_the_same_result(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"num_intermediates": 4}, {"solver": "ab2"}, {"tau_src": 0.5, "segment_size": 0.5},
+    {}, {"num_intermediates": 4}, {"solver": "deis"}, {"tau_src": 0.5, "segment_size": 0.5},
 ])  # fmt: skip
 def test_loss_is_zero_where_the_policy_is_the_teacher(options):
     teacher = Teacher()
@@ -503,7 +503,7 @@ def test_walk_and_targets_by_hand():
 
 
 @pytest.mark.parametrize("window", [0, 2])
-def test_one_call_asks_for_all_intermediates_at_once(window):
+def test_batch_teacher_asks_for_all_intermediates_at_once(window):
     policy, asked = GMFlowPolicy(random_mixture(), random_state(), full(3, 1.0)), []
 
     def teacher(x, t):
@@ -515,7 +515,7 @@ def test_one_call_asks_for_all_intermediates_at_once(window):
         options |= {"num_intermediates": 4, "window_substeps": window, "generator": generator}
         return pi_id_loss(policy, teacher, 1.0, 1.0, total_substeps=16, **options)
 
-    one, many = loss(one_call=True), loss()
+    one, many = loss(batch_teacher=True), loss()
     assert asked == [12, 3, 3, 3, 3]
     for a, b in zip(one, many, strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
@@ -639,8 +639,8 @@ def test_data_dependent_and_data_free():
         assert torch.equal(x, out.x_dst)
         assert t[0].item() == pytest.approx(shift_time(1 - 0.4 * i, 3.2))
     # the exact policy of each segment continues the one before: all of it is one rollout
-    whole = rollout(teacher.student(noise, full(16, 1.0)), noise, 1.0, 0.0, 3.2, 640, "ab2")
-    options = {"total_substeps": 640, "solver": "ab2"}
+    whole = rollout(teacher.student(noise, full(16, 1.0)), noise, 1.0, 0.0, 3.2, 640, "deis")
+    options = {"total_substeps": 640, "solver": "deis"}
     walk = list(pi_id_data_free(student, teacher, noise, 3, 3.2, 0.5, **options))
     assert torch.allclose(walk[-1][1].x_dst, whole, atol=1e-3)
 
@@ -772,7 +772,7 @@ def test_sample_with_an_exact_student_is_the_teachers_ode():
     noise = random_state(b=32, spatial=())
     x = rollout(Teacher().student(noise, full(32, 1.0)), noise, 1.0, 0.0, 1.0, 4096)
     for nfe in (1, 2, 5):
-        assert (sample(gaussian_student([]), noise, nfe, solver="ab2") - x).abs().max() < 0.02
+        assert (sample(gaussian_student([]), noise, nfe, solver="deis") - x).abs().max() < 0.02
 
 
 def test_any_shift_starts_at_pure_noise():
@@ -790,11 +790,11 @@ def test_any_shift_starts_at_pure_noise():
 def test_stochastic_sampling_keeps_the_distribution(h):
     n, g = 4000, torch.Generator().manual_seed(0)
     noise = torch.randn(n, 2, generator=g, dtype=torch.float64)
-    x = sample(gaussian_student([]), noise, 4, h=h, generator=g, total_substeps=64, solver="ab2")
+    x = sample(gaussian_student([]), noise, 4, h=h, generator=g, total_substeps=64, solver="deis")
     data = Teacher().draw(200_000, g)
     assert torch.allclose(x.mean(0), data.mean(0), atol=0.08)
     assert torch.allclose(torch.cov(x.T), torch.cov(data.T), atol=0.08)
-    deterministic = sample(gaussian_student([]), noise, 4, total_substeps=64, solver="ab2")
+    deterministic = sample(gaussian_student([]), noise, 4, total_substeps=64, solver="deis")
     assert (x - deterministic).abs().mean() > 0.1  # and it is not the ODE
 
 
@@ -848,7 +848,7 @@ def no_free_looks(monkeypatch):
 def test_host_reads_of_a_rollout(no_free_looks):
     x = random_state(spatial=())
     policy = GMFlowPolicy(random_mixture(spatial=()), x, full(3, 1.0))
-    for solver in ("euler", "ab2"):
+    for solver in ("euler", "deis"):
         with CountHostReads() as count:
             rollout(policy, x, 1.0, 0.0, solver=solver)
         assert count.reads == 0
@@ -858,7 +858,7 @@ def test_host_reads_of_a_rollout(no_free_looks):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"teacher_ratio": 0.5}, {"window_substeps": 3}, {"dropout": 0.1, "solver": "ab2"},
+    {}, {"teacher_ratio": 0.5}, {"window_substeps": 3}, {"dropout": 0.1, "solver": "deis"},
 ])  # fmt: skip
 def test_loss_with_float_segments_never_asks_the_device(options, no_free_looks):
     x = random_state(spatial=())
@@ -881,7 +881,7 @@ def fake_cuda_mixture(spatial, grad=False):
 @pytest.mark.parametrize("spatial", [(), (4, 5)])
 @pytest.mark.parametrize("kind, options", [
     *[(kind, options) for kind in ("gmflow", "dx", "polynomial") for options in (
-        {}, {"solver": "ab2"}, {"teacher_ratio": 0.5, "window_substeps": 4}, {"one_call": True},
+        {}, {"solver": "deis"}, {"teacher_ratio": 0.5, "window_substeps": 4}, {"batch_teacher": True},
     )],
     ("gmflow", {"dropout": 0.2}), ("dx", {"solver": "exact"}),
 ])  # fmt: skip
@@ -973,7 +973,7 @@ def bad_calls():
         "solver 'exact': for DX": lambda: rollout(polynomial, x, 1.0, 0.0, solver="exact"),
         "num_intermediates = 0": lambda: loss(num_intermediates=0),
         "teacher_ratio = 1.5": lambda: loss(teacher_ratio=1.5),
-        "teacher_ratio = 0.5: must be 0": lambda: loss(teacher_ratio=0.5, one_call=True),
+        "teacher_ratio = 0.5: must be 0": lambda: loss(teacher_ratio=0.5, batch_teacher=True),
         "window_substeps = -1": lambda: loss(window_substeps=-1),
         "dropout = 0.1": lambda: loss(dx, dropout=0.1),
         "tau_src = -0.5": lambda: loss(tau_src=-0.5),

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.teachers import guided_velocity
 from piflow_minimal import (
     DXPolicy,
     GaussianMixture,
     GMFlowPolicy,
     flow_map_schedule,
-    guided_velocity,
     pi_id_loss,
     rollout,
     segment_of,

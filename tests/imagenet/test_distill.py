@@ -51,7 +51,7 @@ def flags(teacher: str, out, **changes) -> list[str]:
     options["intermediates"] = 2
     options |= {"warmup": 2, "iterations": 6, "log_every": 2, "save_every": 2, "picture_every": 0}
     options |= {"guidance": 1.5, "guidance_high": 0.8, "dropout": 0.3, "device": "cpu", "lr": 1e-3}
-    options |= {"time_weight": 0.0, "loss_scale": 1.0, "intermediates": 2, "solver": "ab2"}
+    options |= {"time_weight": 0.0, "loss_scale": 1.0, "intermediates": 2, "solver": "deis"}
     options |= {"beta2": 0.99, "clip": 1.0, "clip_start": 0, "ema_start": 0, "lr_decay": "cosine"}
     items = (options | changes).items()
     return [text for name, value in items for text in ("--" + name.replace("_", "-"), str(value))]
@@ -261,7 +261,7 @@ def test_loss_is_pi_id_sample_by_sample(policy):
             dropped = output.logweights.masked_fill(draws.dropped[b, 0].view(1, 3, 1, 1, 1), -1e9)
             walker = GMFlowPolicy(GaussianMixture(output.means, output.logstds, dropped), x, t)
         u = (draws.walk[b, 0][None], torch.zeros(1, 1))
-        options = {"total_substeps": 4, "solver": "ab2", "uniforms": u}
+        options = {"total_substeps": 4, "solver": "deis", "uniforms": u}
         options["window_substeps"] = config.window_substeps
         asked = []
 
@@ -721,7 +721,7 @@ def test_the_shipped_student_follows_the_shipped_teacher():
     velocity = guided_teacher(teacher, labels, tiny.guidance, interval)
     few, many = (runs.follow_teacher(velocity, noise, steps) for steps in (1, 32))
     with torch.no_grad():
-        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=16, solver="ab2")
+        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=16, solver="deis")
     errors = [(x - many).square().mean().sqrt().item() for x in (few, x_0)]
     assert net.config.components == tiny.components and errors[1] < 0.6 * errors[0]
 
@@ -735,7 +735,7 @@ def test_tiny_student_leaves_one_euler_step_behind(tmp_path, preset, limit):
     net, labels = load_dit(tmp_path / "student.safetensors"), torch.arange(500) % 10
     noise = torch.randn(500, 4, 14, 14, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=64, solver="ab2")
+        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=64, solver="deis")
     images = fashion.to_images(x_0).clamp(-1, 1)
     assert fashion.frechet_distance(images) < limit
     assert fashion.recognition_rate(images, labels) > 0.8

@@ -166,7 +166,7 @@ def test_solver_and_substeps_reach_the_policy(files, tmp_path):
 
     fine = images_by("euler", 1024)
     errors = [abs(images_by(*how) - fine).mean() for how in (("euler", 8), ("euler", 32))]
-    assert errors[1] < 0.5 * errors[0] and abs(images_by("ab2", 32) - fine).mean() < errors[1]
+    assert errors[1] < 0.5 * errors[0] and abs(images_by("deis", 32) - fine).mean() < errors[1]
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -216,9 +216,9 @@ def test_settings_come_from_the_run(files):
     assert settings.substeps == 24
     assert (settings.guidance, settings.interval) == (1.5, (0.0, 0.5))
     assert settings.teacher == files["teacher"]
-    args = sampling.parse([files["run"], "--pairs", "2", "--solver", "ab2", "--substeps", "8"])
+    args = sampling.parse([files["run"], "--pairs", "2", "--solver", "deis", "--substeps", "8"])
     settings = sampling.settle(args, small_net("dx", 4))
-    assert (settings.solver, settings.substeps) == ("ab2", 8)
+    assert (settings.solver, settings.substeps) == ("deis", 8)
     args = sampling.parse([files["student"], "--pairs", "0"])  # a file does not say: as published
     settings = sampling.settle(args, small_net("gmflow", 3))
     assert (settings.solver, settings.substeps) == ("euler", 128)
@@ -327,7 +327,7 @@ def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, monkeypatch, 
     [
         ("teacher", ["--h", "1"], "--h is 1.0; it is of gmflow and dx students"),
         ("teacher", ["--compile"], "--compile is True; it is of gmflow and dx students"),
-        ("teacher", ["--solver", "ab2"], "--solver is ab2; it is of gmflow and dx students"),
+        ("teacher", ["--solver", "deis"], "--solver is deis; it is of gmflow and dx students"),
         ("run", ["--temperature", "0.5"], "--temperature is 0.5; it is of gmflow students"),
         ("student", ["--out", "s3://bucket/images"], "it must be a local folder"),
     ],
