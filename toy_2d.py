@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.cli import atomic, pick_device, run_cli, save_figure, write_json
+from common.cli import atomic, pick_device, run_cli, write_json
+from common.plots import save_figure
 from piflow_minimal import (
     EPS,
     DXPolicy,

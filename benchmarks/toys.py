@@ -20,7 +20,8 @@ from torch import Tensor
 from imagenet import fashion
 from benchmarks.timing import print_table
 from imagenet.dit import guided_teacher, load_dit
-from common.cli import run_cli, save_figure
+from common.cli import run_cli
+from common.plots import save_figure
 from common.static_policy import ToySettings, fit_and_compare, follow_teacher, psnr_db
 from toy_2d import (
     Board,

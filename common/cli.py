@@ -285,15 +285,6 @@ def write_json(path: str | Path, value: dict) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def save_figure(figure, path: str | Path, dpi: int = 110) -> None:
-    """Writes a matplotlib figure, atomically, and closes it."""
-    import matplotlib.pyplot as plt
-
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=dpi)
-    plt.close(figure)
-
-
 def sliders(draw: Callable, **ranges) -> None:
     """In a notebook: sliders that call draw(**values). Without ipywidgets, a line that says so.
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cli import save_figure, write_json
+from common.cli import write_json
+from common.plots import save_figure
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, rollout, shift_time
 
 Teacher = Callable[[Tensor, Tensor], Tensor]

@@ -1,0 +1,115 @@
+"""Figures, in the same style everywhere.
+
+    figure, axes = new_figure(1, 2, size=(8.6, 3.3))
+    axes[0].plot(x, y, color=COLORS["gmflow"])
+    save_figure(figure, "curve.png")
+
+Figures have an Agg canvas of their own: neither pyplot nor a display nor MPLBACKEND is involved, so
+that the setting of a notebook or desktop cannot end a script. `display(figure)` shows one there.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.cli import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito, which every kind of colour vision tells apart.
+BLUE, VERMILION, ORANGE, GREEN = "#0072b2", "#d55e00", "#e69f00", "#009e73"
+SKY, PINK, GREY = "#56b4e9", "#cc79a7", "#7f7f7f"
+COLORS = {"gmflow": BLUE, "dx": VERMILION, "teacher": GREY}
+DPI = 120
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.6, 3.3), **options: Any
+) -> tuple["Figure", Any]:
+    """A figure of `size` inches and its axes, as `Figure.subplots` returns them.
+
+    options: of `Figure.subplots` (sharex, squeeze, gridspec_kw, ...). rows=0: no axes, None.
+    """
+    matplotlib = _matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots(rows, columns, **options) if rows else None
+
+
+def _matplotlib() -> ModuleType:
+    """matplotlib, also where MPLBACKEND names a backend that is not installed."""
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # for the pyplot of a notebook
+    return matplotlib
+
+
+def save_figure(figure: "Figure", path: str | Path, dpi: int = DPI) -> None:
+    """Writes a figure, atomically; the suffix chooses the format."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 on the CPU, by rounding. Any shape."""
+    return images.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def show_image(axis: "Axes", image: Tensor | np.ndarray, title: str = "") -> None:
+    """One image without ticks: uint8 (H, W, 1 or 3), or a Tensor (1 or 3, H, W) in [-1, 1]."""
+    if isinstance(image, Tensor) and image.dtype != torch.uint8:
+        image = to_uint8(image).permute(1, 2, 0)
+    axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+
+
+def image_rows(rows: Mapping[str, Sequence], title: str = "") -> "Figure":
+    """A labelled row of images for every entry; what an image may be: see `show_image`."""
+    count = len(next(iter(rows.values())))
+    size = (8.6, 0.4 + 8.6 / count * 1.05 * len(rows) + 0.22 * len(rows))
+    figure, axes = new_figure(len(rows), count, size, squeeze=False)
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            show_image(axis, image)
+        line[0].set_title(label, loc="left")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def save_image_grid(images: Tensor, path: str | Path, columns: int, padding: int = 2) -> None:
+    """Writes uint8 images (B, 1 or 3, H, W) as one picture, `columns` in a row, white between."""
+    from torchvision.utils import make_grid, save_image
+
+    grid = make_grid(images.float() / 255, nrow=columns, padding=padding, pad_value=1.0)
+    with atomic(path) as temporary:
+        save_image(grid, temporary)

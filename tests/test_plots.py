@@ -1,0 +1,43 @@
+"""common/plots.py: figures without pyplot, and pictures of images with the right pixels."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import plots
+
+SCRIPT = """
+import sys
+from common.plots import new_figure, save_figure
+figure, axis = new_figure()
+axis.plot([0, 1], [0, 1])
+save_figure(figure, sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules
+"""
+
+
+def test_a_figure_does_not_need_the_backend_of_the_environment(tmp_path):
+    env = {**os.environ, "MPLBACKEND": "no such backend"}
+    run = [sys.executable, "-c", SCRIPT, str(tmp_path / "figure.png")]
+    subprocess.run(run, env=env, check=True)
+    assert Image.open(tmp_path / "figure.png").size == (8.6 * plots.DPI, 3.3 * plots.DPI)
+
+
+def test_an_image_grid_has_the_pixels_of_its_images(tmp_path):
+    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
+    plots.save_image_grid(images, tmp_path / "grid.png", columns=3, padding=2)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (2 * 6 + 2, 3 * 6 + 2, 3)
+    for i, image in enumerate(images):
+        y, x = 2 + i // 3 * 6, 2 + i % 3 * 6
+        assert (grid[y : y + 4, x : x + 4] == image.permute(1, 2, 0).numpy()).all()
+    assert (grid[0] == 255).all()
+
+
+def test_images_become_bytes_by_rounding():
+    images = torch.tensor([-7.0, -1, 0.0039, 0, 1, 7])
+    assert plots.to_uint8(images).tolist() == [0, 0, 128, 128, 255, 255]
