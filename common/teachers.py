@@ -63,3 +63,55 @@ def integrate_teacher(
         if callback:
             callback(i + 1, t[i + 1], x)
     return x
+
+
+@torch.no_grad()
+def check_teacher(
+    teacher: Teacher, x_0: Tensor, noise: Tensor | None = None, end: Tensor | None = None,
+    steps: int = 64, shift: float = 1.0, generator: torch.Generator | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Five checks of an adapter to (x, t) -> u, on data. -> {check: "ok" or what is wrong}.
+
+    A trained u is E[eps - x_0 | x_t]. So eps - x_0, regressed on u, has the slope 1, and no other
+    reading of the teacher's output comes closer to it. Guidance breaks this: check without it.
+
+    Args:
+        x_0: (B, C, *) data, some hundred numbers or more. Noise levels are uniform in [0.1, 0.9].
+        noise, end: (B, C, *) noise, and where the model's own sampler takes it: compared with
+            `integrate_teacher` (steps, shift), within a tenth of the RMS of `end`.
+    """
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+    t = 0.1 + 0.8 * torch.rand(len(x_0), generator=generator).to(x_0)
+    t_x = t.view(-1, *[1] * (x_0.ndim - 1))
+    x, v = (1 - t_x) * x_0 + t_x * eps, eps - x_0
+    errors, slopes = {}, {}
+    times = {"t": t, "1 - t": 1 - t, "1000 t": 1000 * t, "1000 (1 - t)": 1000 * (1 - t)}
+    for name, time in times.items():
+        u = teacher(x, time)
+        slopes[name] = slope = float((u * v).sum() / u.square().sum().clamp(min=EPS))
+        readings = {"u": slope * u, "eps": (u - x) / (1 - t_x), "x_0": (x - u) / t_x}
+        errors |= {(name, kind): float((r - v).square().mean()) for kind, r in readings.items()}
+    (name, kind), error = min(errors.items(), key=lambda item: item[1])
+    # What knows t and nothing of the data's shape: the best multiple of x, for data of this size.
+    a, b = (1 - t_x) * x_0.square().mean(), t_x
+    linear = float(((b - a) / ((1 - t_x) * a + t_x * b) * x - v).square().mean())
+    checks = "t direction", "sign", "scale", "x_0 = x - t u"
+    slope, found = slopes[name], dict.fromkeys(checks, "ok")
+    if "1 - t" in name:
+        found["t direction"] = f"the output fits eps - x_0 better if the model is given {name}"
+    if kind == "u" and slope < 0:
+        found["sign"] = "the output is x_0 - eps: u = eps - x_0 is its negative"
+    if "1000" in name:
+        found["scale"] = f"the output fits eps - x_0 better if the model is given {name}"
+    elif kind == "u" and abs(abs(slope) - 1) > 0.1:
+        found["scale"] = f"eps - x_0 is {abs(slope):.3g} times the output on average"
+    if kind != "u":
+        found["x_0 = x - t u"] = f"the output is {kind}, not a velocity"
+    elif error > 1.02 * linear:
+        found["x_0 = x - t u"] = "the best multiple of x predicts eps - x_0 better"
+    found["own sampler"] = "not checked: no noise and end"
+    if noise is not None and end is not None:
+        off = integrate_teacher(teacher, noise, steps, shift) - end
+        off = float(off.square().mean().sqrt() / end.square().mean().sqrt().clamp(min=EPS))
+        found["own sampler"] = "ok" if off < 0.1 else f"{off:.0%} away from where it ends"
+    return found
