@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from text_to_image.pipelines import PATCH, require_package, unpack
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
+from text_to_image.pipelines import PATCH, require_package, unpack
 
 LORA_NAME = "piflow"
 
@@ -200,7 +200,7 @@ def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
     if not adapter.is_gm and (config.get("out_channels") or 1) % channels:
         raise ValueError(f"{name}: out_channels must be a multiple of {channels}")
 
-    expected = _expected_shapes(transformer, adapter)
+    expected = expected_shapes(transformer, adapter)
     given = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
     problems = {
         "unknown": sorted(given.keys() - expected.keys()),
@@ -221,7 +221,7 @@ def _first(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _expected_shapes(transformer: nn.Module, adapter: Adapter) -> dict[str, tuple]:
+def expected_shapes(transformer: nn.Module, adapter: Adapter) -> dict[str, tuple]:
     """Names and shapes of the tensors that an adapter for this transformer must have.
 
     Which layers have a LoRA or are overwritten is the adapter's choice, except that a LoRA has two
@@ -301,22 +301,3 @@ def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) 
     if adapter.is_gm:
         transformer.proj_out.watch(transformer.norm_out)
     transformer.eval().requires_grad_(False)
-
-
-def tiny_adapter(
-    transformer: nn.Module, gmflow: bool, policy: dict | None = None, seed: int = 0
-) -> Adapter:
-    """A random adapter for a tiny base: K = 8 or N = 10, LoRA rank 2."""
-    config = {"_class_name": type(transformer).__name__, "num_gaussians": 8, "logstd_inner_dim": 12}
-    if not gmflow:
-        config = config | {"out_channels": 10 * transformer.config["in_channels"]}
-        del config["num_gaussians"]
-    empty = Adapter("tiny", config, {"proj_out.bias": torch.empty(0)}, None)
-    shapes = _expected_shapes(transformer, empty)
-    for name, module in transformer.named_modules():
-        if name.startswith("transformer_blocks") and isinstance(module, nn.Linear):
-            shapes[f"{name}.lora_A.weight"] = (2, module.in_features)
-            shapes[f"{name}.lora_B.weight"] = (module.out_features, 2)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    return Adapter(empty.name, config, tensors, policy)

@@ -1,7 +1,7 @@
 """Few-step text to image: Qwen-Image, FLUX.1 and FLUX.2 with the published pi-Flow adapters.
 
     python -m text_to_image.generate --model gm-qwen --prompt "a jay on a snowy branch"
-    python -m text_to_image.generate --tiny --ui            # the page, with small random models, offline
+    python -m text_to_image.generate --tiny --ui     # the page, with small random models, offline
 
 In a notebook:
 
@@ -32,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import text_to_image.pipelines as dm
-from common.cli import atomic, pick_device, run_cli, write_json
+from common.cli import atomic, compiled_policies, pick_device, run_cli, write_json
+from piflow_minimal import DXPolicy, GMFlowPolicy, sample
 from text_to_image.adapters import (
     LORA_NAME,
     PolicySpec,
@@ -40,9 +41,8 @@ from text_to_image.adapters import (
     check_adapter,
     policy_of,
     read_adapter,
-    tiny_adapter,
 )
-from piflow_minimal import DXPolicy, GMFlowPolicy, sample
+from text_to_image.tiny_models import tiny_adapter, tiny_pipeline
 
 SHIFT = 3.2  # of the sampler's steps, and of the DX grids: the same for all adapters
 FINAL_STEP_SIZE_SCALE = 0.5
@@ -122,7 +122,6 @@ class FewStep:
         temperature: float | str = "auto",
         total_substeps: int = 128,
         progress: Any = None,
-        compile: bool = False,
     ) -> Tensor:
         """Latents x_0 from noise (B, C, H, W), with `steps` network evaluations of the batch."""
         steps = self.steps if steps is None else steps
@@ -134,7 +133,6 @@ class FewStep:
         return sample(
             self.student(conditions, guidance, progress), noise, steps, SHIFT,
             FINAL_STEP_SIZE_SCALE, temperature=temperature, total_substeps=total_substeps,
-            compile=compile,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -152,7 +150,6 @@ class FewStep:
         batch_size: int = 1,
         references: Sequence[Any] = (),
         output: str = "pil",
-        compile: bool = False,
     ) -> Result:
         """Draws len(prompts) * images_per_prompt pictures.
 
@@ -169,8 +166,8 @@ class FewStep:
             batch_size: pictures per network evaluation.
             references: PIL images to edit (FLUX.2 only).
             output: "pil", or "latent" to leave out the VAE.
-            compile: the policy's velocity through torch.compile, see `piflow_minimal.rollout`.
-        Raises: ValueError, one line, for what is not accepted.
+        Raises: ValueError, one line, for what is not accepted, or if a part of the model gives
+            values that are not finite.
         Warns: if the size is changed, or settings are not those the adapter was trained for.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -191,7 +188,9 @@ class FewStep:
         conditions = dm.encode_prompts(self.pipe, self.family, prompts)
         if references:
             tokens, ids = dm.encode_references(self.pipe, references, len(prompts))
+            check_finite("VAE (reference images)", tokens)
             conditions = conditions._replace(references=tokens, reference_ids=ids)
+        check_finite("text encoder", conditions.embeds)
         encoded = self._clock()
 
         count = len(prompts) * images_per_prompt
@@ -202,14 +201,17 @@ class FewStep:
             for batch in batches:
                 rows = conditions.rows([i // images_per_prompt for i in batch])
                 x = torch.stack([_noise(shape, seed + i) for i in batch])  #  (B, C, H, W)
-                arguments = rows, steps, guidance, temperature, total_substeps, progress, compile
+                arguments = rows, steps, guidance, temperature, total_substeps, progress
                 latents.append(self.sample(x.to(self.device), *arguments))
         sampled, x = self._clock(), torch.cat(latents)
+        check_finite("transformer", x)
 
         # after all samples: with offloading, VAE and transformer change places only once
-        images = (
-            dm.to_pil(self.pipe, dm.decode(self.pipe, self.family, x)) if output == "pil" else []
-        )
+        images = []
+        if output == "pil":
+            pixels = dm.decode(self.pipe, self.family, x)
+            check_finite("VAE", pixels)
+            images = dm.to_pil(self.pipe, pixels)
         decoded = self._clock()
         self.pipe.maybe_free_model_hooks()
         seconds = {
@@ -281,6 +283,12 @@ def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def check_finite(part: str, values: Tensor) -> None:
+    """Raises: ValueError that names the part of the model whose output is not finite."""
+    if not values.isfinite().all():
+        raise ValueError(f"the {part} gives values that are not finite (its weights, or its dtype)")
+
+
 def load(
     model: str = "gm-qwen",
     adapter: str | None = None,
@@ -323,7 +331,7 @@ def load(
         raise ValueError("tiny: builds its own base, unquantised; leave out base and quantize")
     dm.import_diffusers()
     if tiny:
-        pipe, published = dm.tiny_pipeline(family), None
+        pipe, published = tiny_pipeline(family), None
         pipe = pipe if dtype == torch.float32 else pipe.to(dtype)
         # of the models here, the GMFlow ones are those whose policy has no settings
         found = tiny_adapter(pipe.transformer, preset.policy is None, preset.policy)
@@ -453,60 +461,6 @@ def load_from(args: argparse.Namespace, model: str) -> FewStep:
     )  # fmt: skip
 
 
-def build_page(args: argparse.Namespace) -> Any:
-    """The Gradio page. Models are loaded when they are first drawn with, one at a time."""
-    import gradio as gr
-
-    loaded: dict[str, FewStep] = {}
-
-    def draw(prompt, model, steps, temperature, seed, images, width, height):
-        try:
-            if model not in loaded:
-                loaded.clear()  # one model at a time fits
-                dm.release_memory()
-                loaded[model] = load_from(args, model)
-            if temperature != "auto":
-                temperature = _number("temperature", temperature)
-            with warnings.catch_warnings(record=True) as notes:
-                warnings.simplefilter("always", UserWarning)
-                result = loaded[model](
-                    prompt, int(images), int(height), int(width), int(steps), int(seed),
-                    temperature=temperature, batch_size=args.batch_size,
-                )  # fmt: skip
-        except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-            raise gr.Error(str(error)) from error
-        captions = [f"seed {seed}" for seed in result.seeds]
-        status = [report(result), *(str(note.message) for note in notes)]
-        return list(zip(result.images, captions, strict=True)), "\n".join(status)
-
-    side = 64 if args.tiny else 1024
-    with gr.Blocks(title="pi-Flow text to image", analytics_enabled=False) as page:
-        gr.Markdown("## Few-step text to image" + (" (small random models)" if args.tiny else ""))
-        with gr.Row():
-            with gr.Column():
-                prompt = gr.Textbox(label="Prompt", value=" ".join(args.prompt), lines=3)
-                model = gr.Dropdown(list(MODELS), value=args.model, label="Model")
-                with gr.Row():
-                    steps = gr.Slider(
-                        1, 32, args.steps or MODELS[args.model].steps, step=1, label="Steps"
-                    )
-                    temperature = gr.Textbox(str(args.temperature), label="Temperature")
-                with gr.Row():
-                    seed = gr.Number(args.seed, label="Seed", precision=0, minimum=0)
-                    images = gr.Slider(1, 8, args.images, step=1, label="Images")
-                with gr.Row():
-                    width = gr.Number(args.width or side, label="Width", precision=0)
-                    height = gr.Number(args.height or side, label="Height", precision=0)
-                button = gr.Button("Draw", variant="primary")
-            with gr.Column():
-                gallery = gr.Gallery(label="Pictures", columns=2, height=560, format="png")
-                status = gr.Textbox(label="Status", lines=2, interactive=False)
-        model.change(lambda name: MODELS[name].steps, model, steps, api_name=False)
-        inputs = [prompt, model, steps, temperature, seed, images, width, height]
-        button.click(draw, inputs, [gallery, status], api_name="draw", concurrency_limit=1)
-    return page
-
-
 def report(result: Result) -> str:
     """One line: how many pictures, and seconds per picture by part."""
     parts = ", ".join(f"{part} {value:.2f}" for part, value in result.seconds.items())
@@ -520,6 +474,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.ui:
         dm.require_package("gradio", "--ui")
         dm.import_diffusers()
+        from text_to_image.page import build_page
+
         page = build_page(args).queue()
         _, address, _ = page.launch(
             server_name="127.0.0.1", server_port=args.port, share=False, quiet=True,
@@ -530,11 +486,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         generate = load_from(args, args.model)
-        result = generate(
-            args.prompt, args.images, args.height, args.width, args.steps, args.seed, args.guidance,
-            args.temperature, args.substeps, args.batch_size, args.reference,
-            compile=args.compile,
-        )  # fmt: skip
+        with compiled_policies(args.compile):
+            result = generate(
+                args.prompt, args.images, args.height, args.width, args.steps, args.seed,
+                args.guidance, args.temperature, args.substeps, args.batch_size, args.reference,
+            )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "the GPU ran out of memory: try --batch-size 1, a smaller --height and --width, "

@@ -26,10 +26,12 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-import text_to_image.pipelines as dm  # noqa: E402
 import text_to_image.generate as text_to_image  # noqa: E402
+import text_to_image.pipelines as dm  # noqa: E402
 from text_to_image.adapters import apply_adapter, check_adapter, policy_of, read_adapter  # noqa: E402
 from text_to_image.generate import MODELS, FewStep, load, main, parse_arguments  # noqa: E402
+from text_to_image.page import build_page  # noqa: E402
+from text_to_image.tiny_models import tiny_pipeline  # noqa: E402
 
 DATA = Path(__file__).parent.parent / "data" / "t2i"
 CASES = {
@@ -452,7 +454,7 @@ def test_network_and_vae_see_what_the_base_pipeline_gives_them(name, editing):
     """One step of the pipeline of diffusers; its transformer's arguments and its pictures."""
     if editing and name != "flux2":
         return
-    family, pipe = dm.FAMILIES[name], dm.tiny_pipeline(dm.FAMILIES[name])
+    family, pipe = dm.FAMILIES[name], tiny_pipeline(dm.FAMILIES[name])
     prompts, seen = ["a jay", "two long-tailed jays on a snowy branch"], {}
     noise = torch.randn(2, 4, 8, 6, generator=torch.Generator().manual_seed(0))
 
@@ -491,7 +493,7 @@ def test_network_and_vae_see_what_the_base_pipeline_gives_them(name, editing):
 
 def test_a_prompt_is_encoded_alike_in_every_batch():
     for family in dm.FAMILIES.values():
-        pipe = dm.tiny_pipeline(family)
+        pipe = tiny_pipeline(family)
         together = dm.encode_prompts(pipe, family, ["a jay", "two long-tailed jays on a branch"])
         alone = dm.encode_prompts(pipe, family, ["a jay"])
         length = alone.embeds.shape[1]
@@ -521,15 +523,39 @@ def test_batches_and_seeds(model):
     assert not torch.allclose(together.latents[0], together.latents[1], atol=0.1)
 
 
-def test_compile_reaches_the_policy_and_changes_nothing_else(monkeypatch):
-    import piflow_minimal
+def test_compile_reaches_the_policy(tmp_path, monkeypatch):
+    """--compile: both policies go through torch.compile while the command runs, not afterwards."""
+    import common.cli
+    from piflow_minimal import GMFlowPolicy
 
-    compiled = []
-    monkeypatch.setattr(piflow_minimal, "_compile", lambda f: compiled.append(f) or f)
-    generate = load("gm-qwen", tiny=True, device="cpu")
-    options = SIZE | {"total_substeps": 4, "output": "latent"}
-    plain, fast = (generate("a jay", **options, compile=c) for c in (False, True))
-    assert len(compiled) == 4 and torch.equal(plain.latents, fast.latents)
+    calls = []
+
+    def compiled(function, *example):
+        return lambda *args: calls.append(function) or function(*args)
+
+    monkeypatch.setattr(common.cli, "compiled", compiled)
+    eager = GMFlowPolicy.velocity
+    main([*TINY, "--prompt", "a", "--substeps", "4", "--compile", "--out", str(tmp_path)])
+    assert len(calls) == 2 + 2 + 2 + 1 and set(calls) == {eager} and GMFlowPolicy.velocity is eager
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("transformer", "proj_out.means.bias"), ("VAE", "decoder.conv_out.bias"),
+     ("text encoder", "final_layer_norm.weight")],
+)  # fmt: skip
+def test_what_is_not_finite_is_named(part, name):
+    """No black picture: a NaN weight in one part of the model."""
+    generate = load("gm-flux", tiny=True, device="cpu")
+    parts = {"transformer": "transformer", "VAE": "vae", "text encoder": "text_encoder_2"}
+    module, found = getattr(generate.pipe, parts[part]), 0
+    for key, parameter in module.named_parameters():
+        if key.endswith(name):
+            parameter.data.fill_(math.nan)
+            found += 1
+    assert found == 1
+    with pytest.raises(ValueError, match=f"the {part} gives values that are not finite"):
+        generate("a jay", **SIZE)
 
 
 def test_one_network_evaluation_per_step_and_batch(capsys):
@@ -663,11 +689,11 @@ def test_dx_has_no_temperature():
 def test_a_base_and_an_adapter_from_folders(model, case, tmp_path, capsys):
     """The same as putting the adapter on that base by hand; in bfloat16, about the same."""
     family, adapter = dm.FAMILIES[CASES[case]], str(DATA / case / "adapter")
-    dm.tiny_pipeline(family, seed=3).save_pretrained(tmp_path / "base")
+    tiny_pipeline(family, seed=3).save_pretrained(tmp_path / "base")
     options = {"adapter": adapter, "base": str(tmp_path / "base"), "device": "cpu"}
     loaded = load(model, **options, dtype=torch.float32)
     assert "GB for weights" in capsys.readouterr().out
-    by_hand = dm.tiny_pipeline(family, seed=3)
+    by_hand = tiny_pipeline(family, seed=3)
     apply_adapter(by_hand.transformer, read_adapter(adapter))
     by_hand = FewStep(by_hand, family, policy_of(read_adapter(adapter)), 4, True)
     expected = by_hand("a jay", **SIZE).latents
@@ -680,7 +706,7 @@ def test_a_base_and_an_adapter_from_folders(model, case, tmp_path, capsys):
 
 
 def test_an_unfit_adapter_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
-    dm.tiny_pipeline(dm.FAMILIES["flux"]).save_pretrained(tmp_path / "base")
+    tiny_pipeline(dm.FAMILIES["flux"]).save_pretrained(tmp_path / "base")
     monkeypatch.setattr(dm, "load_base", lambda *args: pytest.fail("loads the base"))
     options = {"base": str(tmp_path / "base"), "device": "cpu"}
     with pytest.raises(ValueError, match="is for QwenImageTransformer2DModel"):
@@ -691,7 +717,7 @@ def test_an_unfit_adapter_is_refused_before_weights_are_loaded(tmp_path, monkeyp
 def test_quantised_base(model, case, tmp_path):
     """All linear layers but the output are quantised; the LoRA works beside them."""
     pytest.importorskip("torchao", reason="needs torchao (optional)")
-    dm.tiny_pipeline(dm.FAMILIES[CASES[case]]).save_pretrained(tmp_path / "base")
+    tiny_pipeline(dm.FAMILIES[CASES[case]]).save_pretrained(tmp_path / "base")
     options = {"adapter": str(DATA / case / "adapter"), "base": str(tmp_path / "base")}
     full, quantised = (load(model, **options, device="cpu", quantize=q) for q in ("none", "int8"))
     layers = {
@@ -890,7 +916,7 @@ def test_page_in_a_browser(tmp_path):
         pytest.skip("needs chromium and chromium-driver")
     from selenium.webdriver.support.ui import WebDriverWait
 
-    page = text_to_image.build_page(
+    page = build_page(
         parse_arguments(["--ui", "--tiny", "--device", "cpu", "--prompt", "a jay", "--images", "3"])
     )
     _, url, _ = page.queue().launch(
