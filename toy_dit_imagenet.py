@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from imagenet import fashion
-from imagenet.dit import guided_teacher, load_dit
 from common.cli import pick_device, run_cli
-from imagenet.distributed import load_decoder
 from common.static_policy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
+from imagenet import fashion
+from imagenet.checkpoints import load_decoder, load_dit
+from imagenet.dit import guided_teacher
 
 HUB = "Lakonik/pi-Flow-ImageNet/teachers/"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--teacher {args.teacher} has a {net.config.head} head: it is a student")
     names = class_names(net.config.num_classes)
     index = find_class(args.class_name, names)
-    decode = load_decoder(net.config.num_classes, device)
+    decode = load_decoder(net.config, device)
 
     net = net.to(DTYPES[args.dtype]).requires_grad_(False)
     labels = torch.tensor([index], device=device)

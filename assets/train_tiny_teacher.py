@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imagenet import fashion
-from imagenet.dit import PRESETS, DiT, guided_teacher, save_dit
 from common.cli import atomic, pick_device, run_cli
+from imagenet import fashion
+from imagenet.checkpoints import save_dit
+from imagenet.dit import PRESETS, DiT, guided_teacher
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GUIDANCE, INTERVAL, STEPS = 2.5, (0.0, 0.8), 64  # of the samples that judge the teacher

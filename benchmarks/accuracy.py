@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagenet import fashion
 from benchmarks.timing import print_table
-from imagenet.dit import dit_student, load_dit
 from common.cli import keep_freed_memory, run_cli
+from imagenet import fashion
+from imagenet.checkpoints import load_dit
+from imagenet.dit import dit_student
 from piflow_minimal import DXPolicy, Policy, rollout
 from toy_2d import make_density, train
 

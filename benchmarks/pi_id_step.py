@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import peak_memory, print_table, synchronize
-from imagenet.dit import PRESETS, DiT, dit_student, guided_teacher, init_student_from_teacher
 from common.cli import keep_freed_memory, pick_device, run_cli
+from imagenet.checkpoints import init_student_from_teacher
+from imagenet.dit import PRESETS, DiT, dit_student, guided_teacher
 from piflow_minimal import Policy, pi_id_loss
 
 PARTS = ("teacher", "student forward", "student backward", "rollout", "policy gradient", "adam")

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imagenet import fashion
 from benchmarks.timing import print_table
-from imagenet.dit import guided_teacher, load_dit
 from common.cli import run_cli
 from common.plots import save_figure
 from common.static_policy import ToySettings, fit_and_compare, follow_teacher, psnr_db
+from imagenet import fashion
+from imagenet.checkpoints import load_dit
+from imagenet.dit import guided_teacher
 from toy_2d import (
     Board,
     Student,

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import imagenet.distributed as runs
 from common.cli import run_cli, write_json
+from imagenet import checkpoints
 
 KINDS = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         numbers = range(0, -(-len(found) // args.shard))[rank::world]
         there = set(runs.list_files(args.out, "latents_"))
         missing = [number for number in numbers if f"latents_{number:05d}.npy" not in there]
-        vae = runs.load_vae(device) if missing else None
+        vae = checkpoints.load_vae(device) if missing else None
         if rank == 0:
             write_json(args.out / "settings.json", settings)
             runs.remove_leftovers(args.out)

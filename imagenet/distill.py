@@ -46,16 +46,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import imagenet.distributed as runs
-from imagenet.dit import (
-    DiT,
-    DiTConfig,
-    dit_student,
-    guided_teacher,
+from common.cli import run_cli
+from imagenet import checkpoints
+from imagenet.checkpoints import (
+    TEACHERS,
+    Source,
     init_student_from_teacher,
     load_dit,
     save_dit,
+    to_pixels,
 )
-from common.cli import run_cli
+from imagenet.dit import DiT, DiTConfig, dit_student, guided_teacher
 from piflow_minimal import PiIDLoss, Policy, pi_id_loss, sample, segment_of
 
 BINS = 10  # of t, for the loss in stats.jsonl
@@ -539,8 +540,8 @@ class Pairs:
         interval = (config.guidance_low, config.guidance_high)
         velocity = guided_teacher(teacher, self.labels, config.guidance, interval)
         self.target = runs.follow_teacher(velocity, self.noise, config.teacher_steps)
-        self.decode = runs.load_decoder(net.num_classes, device)
-        self.images = runs.to_pixels(self.decode(self.target))
+        self.decode = checkpoints.load_decoder(net, device)
+        self.images = to_pixels(self.decode(self.target))
 
     def compare(self, ema: DiT, iteration: int) -> float:
         """Draws the pairs. -> root mean square of the endpoint error, in latents."""
@@ -550,7 +551,7 @@ class Pairs:
         steps = {"total_substeps": config.substeps, "solver": config.solver}
         x_0 = sample(student, self.noise, config.nfe, **steps)
         rows = {f"teacher, {config.teacher_steps} steps": self.images}
-        rows[f"student, nfe {config.nfe}"] = runs.to_pixels(self.decode(x_0))
+        rows[f"student, nfe {config.nfe}"] = to_pixels(self.decode(x_0))
         path = runs.join(config.out, "pictures", f"step_{iteration:08d}.png")
         runs.draw_rows(path, rows, f"the same noise, iteration {iteration}")
         return (x_0 - self.target).square().mean().sqrt().item()
@@ -567,10 +568,10 @@ def prepare(
     """-> the run, as far as it has come; student and teacher; cached latents."""
     decisive = {name: value for name, value in asdict(config).items() if name not in FREE}
     runs.check_same(runs.join(config.out, "config.json"), decisive)
-    path, time_scale = runs.TEACHERS.get(config.teacher, (config.teacher, 0.0))
-    net = load_dit(
-        path, config.num_heads or None, config.time_scale or time_scale or None, device=device
-    ).requires_grad_(False)
+    source = TEACHERS.get(config.teacher, Source(config.teacher))
+    time_scale = config.time_scale or source.time_scale
+    net = load_dit(source.path, config.num_heads or None, time_scale, device=device)
+    net.requires_grad_(False)
     latents = Latents(config.latents, net.config) if config.latents else None
     run = Run(config, net, device)
     run.restore(rank)

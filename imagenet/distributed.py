@@ -1,4 +1,4 @@
-"""What the big ImageNet scripts share around the network: processes, files, teachers, pictures.
+"""What the big ImageNet scripts share around the network: processes, files, pictures.
 
 Paths may be local or, through fsspec, remote (`s3://bucket/run`). Whoever reads a file that was
 written here sees the old one or the whole new one, also after a power cut.
@@ -21,17 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from imagenet import fashion
 from common.cli import atomic, pick_device
-
-HUB = "Lakonik/pi-Flow-ImageNet/"
-TEACHERS = {  # short names: file, time_scale (0: as the file says)
-    "tiny": (str(fashion.TEACHER), 0.0),
-    "repa": (HUB + "teachers/repa_imagenet.pth", 1.0),
-    "fm": (HUB + "teachers/flowdit_imagenet.pth", 1000.0),
-}
-VAE = "stabilityai/sd-vae-ft-ema"
-
 
 # ---------------------------------------------------------------------------------------------
 # Processes. A plain `python script.py` is one process; `torchrun` starts several
@@ -224,7 +214,7 @@ def read_checkpoint(path: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# Teachers, latents, pictures
+# Networks and pictures
 # ---------------------------------------------------------------------------------------------
 
 
@@ -253,37 +243,6 @@ def follow_teacher(teacher: Callable, noise: Tensor, steps: int) -> Tensor:
         t = torch.full((len(x),), 1 - i / steps, device=x.device)
         x = x - teacher(x, t) / steps
     return x
-
-
-def load_decoder(num_classes: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Latents -> images (B, 1 or 3, H, W) in [-1, 1]: the VAE, or a rearrangement for `tiny`.
-
-    Raises: ImportError if diffusers is needed and missing.
-    """
-    if num_classes == len(fashion.CLASSES):
-        return lambda latents: fashion.to_images(latents).clamp(-1, 1)
-    vae = load_vae(device)
-
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        parts = (latents.float() / vae.config.scaling_factor).split(16)
-        return torch.cat([vae.decode(part).sample for part in parts]).clamp(-1, 1)
-
-    return decode
-
-
-def load_vae(device: torch.device) -> nn.Module:
-    """The autoencoder of the ImageNet latents. Raises: ImportError if diffusers is missing."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError("ImageNet latents need the VAE: pip install diffusers") from error
-    return AutoencoderKL.from_pretrained(VAE).to(device).eval().requires_grad_(False)
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C) on the CPU."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def save_grid(pixels: Tensor, path: str | Path, columns: int) -> None:

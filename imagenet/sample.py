@@ -35,10 +35,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imagenet import fashion
 import imagenet.distributed as runs
-from imagenet.dit import DiT, dit_student, guided_teacher, load_dit
-from common.cli import run_cli, write_json
+from common.cli import compiled_policies, run_cli, write_json
+from imagenet import checkpoints, fashion
+from imagenet.checkpoints import TEACHERS, Source, load_dit, to_pixels
+from imagenet.dit import PIXELS, DiT, dit_student, guided_teacher
 from piflow_minimal import sample
 
 # ---------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ class Settings:
 
 def open_model(name: str, num_heads: int, time_scale: float, device) -> DiT:
     """A run's student (local or remote), a file, a Hub path, or a teacher by its short name."""
-    path, own_scale = runs.TEACHERS.get(name, (name, 0.0))
+    path, own_scale, *_ = TEACHERS.get(name, Source(name))
     if run_settings(name):
         path = runs.join(name, "student.safetensors")
     with runs.reading(path) as local:
@@ -81,7 +82,7 @@ def open_model(name: str, num_heads: int, time_scale: float, device) -> DiT:
 
 def run_settings(name: str) -> dict:
     """config.json of a run of imagenet.distill; empty if `name` is something else."""
-    if name in runs.TEACHERS or not (runs.is_remote(name) or Path(name).is_dir()):
+    if name in TEACHERS or not (runs.is_remote(name) or Path(name).is_dir()):
         return {}
     settings = json.loads(runs.read_text(runs.join(name, "config.json")) or "{}")
     if "guidance_low" not in settings:
@@ -92,14 +93,14 @@ def run_settings(name: str) -> dict:
 Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
 
 
-def sampler(net: DiT, settings: Settings, compile: bool = False) -> Sampler:
+def sampler(net: DiT, settings: Settings) -> Sampler:
     """-> (noise (B, C, H, W), labels (B,), a generator per image) -> x_0, by `nfe` evaluations.
 
     A guided step of a teacher counts as one, though it is two evaluations of its network. Students
     with h > 0 add noise, of the image's own generator: they sample one image after the other.
     """
     runner = runs.Runner(net, net.config, settings.bf16)
-    options = {"h": settings.h, "temperature": settings.temperature, "compile": compile}
+    options = {"h": settings.h, "temperature": settings.temperature}
     options |= {"total_substeps": settings.substeps, "solver": settings.solver}
 
     def teach(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
@@ -135,13 +136,12 @@ def labels_of(settings: Settings, numbers: range, net: DiT) -> Tensor:
 
 
 def sample_parts(
-    settings: Settings, count: int, net: DiT, teacher: DiT | None, folder: Path, place: tuple,
-    compile: bool = False,
+    settings: Settings, count: int, net: DiT, teacher: DiT | None, folder: Path, place: tuple
 ) -> None:  # fmt: skip
     """Writes parts/ that are not there yet; `place` is (rank, number of processes, device)."""
     rank, world, device = place
-    decode = runs.load_decoder(net.config.num_classes, device)
-    follow, follow_teacher = sampler(net, settings, compile), None
+    decode = checkpoints.load_decoder(net.config, device)
+    follow, follow_teacher = sampler(net, settings), None
     if teacher:
         steps = dataclasses.replace(settings, nfe=settings.teacher_steps)
         follow_teacher = sampler(teacher, steps)
@@ -152,12 +152,12 @@ def sample_parts(
         noise, labels = noise.to(device), labels_of(settings, numbers, net).to(device)
         began = time.perf_counter()
         x_0 = follow(noise, labels, generators)
-        pixels = runs.to_pixels(decode(x_0))  # on the CPU: the device is done
+        pixels = to_pixels(decode(x_0))  # on the CPU: the device is done
         part = {"images": pixels.numpy(), "seconds": time.perf_counter() - began}
         paired = max(0, min(settings.pairs - numbers.start, len(noise)))
         if follow_teacher and paired:
             target = follow_teacher(noise[:paired], labels[:paired], generators)
-            part["teacher"] = runs.to_pixels(decode(target)).numpy()
+            part["teacher"] = to_pixels(decode(target)).numpy()
             error = (x_0[:paired] - target).square().flatten(1).mean(1)
             part["error"] = error.cpu().numpy()
         with runs.writing(part_file(folder, numbers.start)) as path, path.open("wb") as file:
@@ -326,7 +326,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher", default="", help="of the pairs; default: the run's, or tiny for a tiny model")
     add("--teacher-steps", type=int, default=64, help="Euler steps of the teacher of the pairs")
     add("--substeps", type=int, default=0, help="per unit of tau; 0: as trained, or 128")
-    add("--solver", default="", help="euler, deis, exact; default: as trained, or exact (dx), euler")
+    add("--solver", default="", help="euler, deis, exact; default: as trained, or exact, euler")
     add("--h", type=float, default=0.0, help="noise between a student's steps: 0 none, inf full")
     add("--temperature", type=float, default=1.0, help="of a gmflow student, before the last step")
     add("--compile", action="store_true", help="torch.compile a student's policy")
@@ -365,9 +365,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-GUIDANCE = {"tiny": (2.5, (0.0, 0.8)), "repa": (3.2, (0.0, 0.7)), "fm": (2.7, (0.0, 0.6))}
-
-
 def settle(args: argparse.Namespace, net: DiT) -> Settings:
     """Fills in what the command line leaves open, from the model and the run it comes from.
 
@@ -377,10 +374,10 @@ def settle(args: argparse.Namespace, net: DiT) -> Settings:
     Raises: ValueError for a setting that does not go with the model.
     """
     run = run_settings(args.model)
-    tiny, head = net.config.num_classes == len(fashion.CLASSES), net.config.head
+    tiny, head = net.config.decoder == PIXELS, net.config.head
     is_teacher = head == "velocity"
     teacher = args.teacher or run.get("teacher", "tiny" if tiny else "")
-    guidance, interval = GUIDANCE.get(args.model if is_teacher else teacher, (1.0, (0.0, 1.0)))
+    guidance, interval = TEACHERS.get(args.model if is_teacher else teacher, Source(""))[2:]
     if run:
         guidance, interval = run["guidance"], (run["guidance_low"], run["guidance_high"])
     trained = args.trained_nfe or run.get("nfe", 1)
@@ -439,7 +436,7 @@ def report(
             runs.draw_rows(out / "pairs.png", rows, "the same noise")
         labels = labels_of(settings, range(args.count), net)
         metrics = {"model": args.model, "nfe": settings.nfe, "count": args.count} | known
-        if net.config.num_classes == len(fashion.CLASSES):
+        if net.config.decoder == PIXELS:
             if args.count > fashion.FEATURE_WIDTH:
                 metrics |= tiny_metrics(images, labels)
         elif inception:
@@ -473,7 +470,8 @@ def main(argv: list[str] | None = None) -> None:
             write_json(out / "settings.json", dataclasses.asdict(settings))
             runs.remove_leftovers(out / "parts")
         runs.from_first(None)  # only then may others write
-        sample_parts(settings, args.count, net, teacher, out / "parts", place, args.compile)
+        with compiled_policies(args.compile):
+            sample_parts(settings, args.count, net, teacher, out / "parts", place)
         runs.total(torch.zeros(1, device=device)).item()  # all parts are there
     if rank == 0:
         report(args, settings, net, inception, out, device)

@@ -9,10 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from imagenet import fashion
 import toy_dit_imagenet
-from imagenet.dit import load_dit, save_dit
-from piflow_minimal import DXPolicy, GMFlowPolicy, pi_id_loss
 from common.static_policy import (
     StaticPolicy,
     ToySettings,
@@ -23,6 +20,10 @@ from common.static_policy import (
     psnr_db,
     run_sweep,
 )
+from imagenet import fashion
+from imagenet.checkpoints import load_dit, save_dit
+from imagenet.dit import DiTConfig
+from piflow_minimal import DXPolicy, GMFlowPolicy, pi_id_loss
 from toy_dit_imagenet import class_names, find_class, main
 
 QUICK = ToySettings(components=4, iters=20, substeps=16, teacher_steps=32)
@@ -195,7 +196,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
 
 
 def test_students_and_foreign_files_are_no_teachers(tmp_path):
-    from imagenet.dit import init_student_from_teacher
+    from imagenet.checkpoints import init_student_from_teacher
 
     student = init_student_from_teacher(load_dit(fashion.TEACHER), "dx", 2)
     save_dit(student, tmp_path / "student.safetensors")
@@ -209,4 +210,4 @@ def test_students_and_foreign_files_are_no_teachers(tmp_path):
 def test_imagenet_latents_need_diffusers(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match="pip install diffusers"):
-        toy_dit_imagenet.load_decoder(1000, torch.device("cpu"))
+        toy_dit_imagenet.load_decoder(DiTConfig(), torch.device("cpu"))

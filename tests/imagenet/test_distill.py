@@ -20,14 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from two_processes import ONE_THREAD, run_two
 
 import imagenet.cache_latents as cache_imagenet_latents
-from imagenet import distill
-from imagenet import fashion
 import imagenet.distributed as runs
 import imagenet.sample as sample_dit_imagenet
-from imagenet.dit import DiT, DiTConfig, guided_teacher, load_dit, save_dit
+from imagenet import checkpoints, distill, fashion
+from imagenet.checkpoints import TEACHERS, load_dit, save_dit
+from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample
 
-SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10)
+SMALL = DiTConfig(
+    hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10, decoder=PIXELS
+)
 CPU = torch.device("cpu")
 
 
@@ -122,8 +124,8 @@ def test_presets_are_the_published_settings(name):
 
 
 def test_time_inputs_of_the_published_teachers():
-    assert runs.TEACHERS["fm"] == ("Lakonik/pi-Flow-ImageNet/teachers/flowdit_imagenet.pth", 1000.0)
-    assert runs.TEACHERS["repa"] == ("Lakonik/pi-Flow-ImageNet/teachers/repa_imagenet.pth", 1.0)
+    assert TEACHERS["fm"][:2] == ("Lakonik/pi-Flow-ImageNet/teachers/flowdit_imagenet.pth", 1000.0)
+    assert TEACHERS["repa"][:2] == ("Lakonik/pi-Flow-ImageNet/teachers/repa_imagenet.pth", 1.0)
 
 
 def test_every_setting_is_a_flag_with_help(capsys):
@@ -762,7 +764,7 @@ def test_cached_latents_come_back(tmp_path, monkeypatch):
         folder = tmp_path / "images" / f"n{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
-    monkeypatch.setattr(runs, "load_vae", lambda device: StandInVAE())
+    monkeypatch.setattr(checkpoints, "load_vae", lambda device: StandInVAE())
     out = tmp_path / "latents"
     command = [str(tmp_path / "images"), str(out), "--size", "16", "--shard", "2", "--batch", "1"]
     cache_imagenet_latents.main([*command, "--device", "cpu"])

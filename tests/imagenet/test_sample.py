@@ -11,10 +11,11 @@ import pytest
 import torch
 from two_processes import run_two
 
-from imagenet import fashion
 import imagenet.distributed as runs
 import imagenet.sample as sampling
-from imagenet.dit import DiT, DiTConfig, guided_teacher, init_student_from_teacher, save_dit
+from imagenet import checkpoints, fashion
+from imagenet.checkpoints import init_student_from_teacher, save_dit
+from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GMFlowPolicy, rollout
 from piflow_minimal import sample as follow
 
@@ -34,10 +35,10 @@ def small_net(head: str = "velocity", components: int = 1) -> DiT:
 def no_vae(monkeypatch):
     """Latents of five classes are no Fashion-MNIST: a VAE would be loaded. Here they are images."""
 
-    def decoder(num_classes, device):
+    def decoder(config, device):
         return lambda latents: latents[:, :3].clamp(-1, 1)
 
-    monkeypatch.setattr(runs, "load_decoder", decoder)
+    monkeypatch.setattr(checkpoints, "load_decoder", decoder)
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_two_processes_sample_what_one_does(tmp_path, monkeypatch):
     """The program itself, with a network of ten classes, whose latents need no VAE."""
     monkeypatch.undo()
     torch.manual_seed(0)
-    net = DiT(dataclasses.replace(SMALL, num_classes=10))
+    net = DiT(dataclasses.replace(SMALL, decoder=PIXELS))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_dit(net, tmp_path / "ten.safetensors")
@@ -150,7 +151,7 @@ def test_noise_and_temperature_are_those_of_the_core(files, tmp_path):
         student = sampling.dit_student(net, torch.tensor([i % 5]))
         options = {"h": 2.0, "temperature": 0.3, "total_substeps": 8, "generator": generator}
         rows.append(follow(student, noise, 2, **options))
-    expected = runs.to_pixels(torch.cat(rows)[:, :3].clamp(-1, 1)).numpy()
+    expected = checkpoints.to_pixels(torch.cat(rows)[:, :3].clamp(-1, 1)).numpy()
     assert close(pixels, expected)
     for options in (["--h", "0"], ["--temperature", "1"]):  # both matter
         other = ["--nfe", "2", "--h", "2", "--temperature", "0.3", *options]
@@ -169,17 +170,15 @@ def test_solver_and_substeps_reach_the_policy(files, tmp_path):
     assert errors[1] < 0.5 * errors[0] and abs(images_by("deis", 32) - fine).mean() < errors[1]
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_compile_reaches_the_policy(files, tmp_path, monkeypatch, asked):
+def test_compile_reaches_the_policy(files, tmp_path, monkeypatch):
+    import common.cli
+
     found = []
-
-    def spy(*args, compile, **options):
-        found.append(compile)
-        return follow(*args, **options)
-
-    monkeypatch.setattr(sampling, "sample", spy)
-    sample(files["student"], tmp_path / "out", *(["--compile"] if asked else []))
-    assert found == [asked] * 3
+    monkeypatch.setattr(common.cli, "compiled", lambda f, *_: found.append(f.__qualname__) or f)
+    sample(files["student"], tmp_path / "plain")
+    assert not found
+    sample(files["student"], tmp_path / "compiled", "--compile")
+    assert found == ["GMFlowPolicy.velocity", "DXPolicy.velocity"]
 
 
 def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):
@@ -192,7 +191,7 @@ def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):
         return DXPolicy(net(x, t, labels), x, t, segment_size=0.5)
 
     x_0 = follow(student, noise, 4, solver="exact")
-    assert close(pixels, runs.to_pixels(x_0[:, :3].clamp(-1, 1)).numpy())
+    assert close(pixels, checkpoints.to_pixels(x_0[:, :3].clamp(-1, 1)).numpy())
 
 
 def test_teacher_takes_guided_euler_steps(files, tmp_path, capsys):
