@@ -113,3 +113,34 @@ def save_image_grid(images: Tensor, path: str | Path, columns: int, padding: int
     grid = make_grid(images.float() / 255, nrow=columns, padding=padding, pad_value=1.0)
     with atomic(path) as temporary:
         save_image(grid, temporary)
+
+
+# ---- Notebooks -----------------------------------------------------------------------------------
+
+
+def notebook_style() -> None:
+    """STYLE for every figure of the notebook that calls it, at a size that can be projected."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE | {"figure.dpi": 110, "figure.constrained_layout.use": True})
+
+
+def plane(axis: "Axes", title: str = "", limit: float = 3.0) -> None:
+    """Equal axes on [-limit, limit]^2."""
+    ticks = [-2, 0, 2] if limit > 2 else [-1, 0, 1]
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=ticks, yticks=ticks)
+    axis.set(xlabel="$x$", ylabel="$y$", title=title)
+    axis.grid(False)
+    axis.label_outer()
+
+
+def draw_field(axis: "Axes", velocity, t: float, limit: float = 3.0, color: Any = GREY) -> None:
+    """Unit arrows along -u on [-limit, limit]^2: where a state at noise level t is about to move.
+
+    velocity: (x (B, 2), t (B,)) -> u (B, 2).
+    """
+    line = torch.linspace(-limit, limit, 17)
+    x = torch.cartesian_prod(line, line)  #                                       (289, 2)
+    u = velocity(x, torch.full((len(x),), t))
+    move = -u / u.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    axis.quiver(*x.T, *move.T, color=color, scale=26, width=0.004)

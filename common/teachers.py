@@ -65,6 +65,11 @@ def integrate_teacher(
     return x
 
 
+def endpoint_rmse(a: Tensor, b: Tensor) -> float:
+    """Square root of the mean squared difference over all entries. a, b: of one shape."""
+    return float((a - b).square().mean().sqrt())
+
+
 @torch.no_grad()
 def check_teacher(
     teacher: Teacher, x_0: Tensor, noise: Tensor | None = None, end: Tensor | None = None,
