@@ -615,7 +615,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> Run:
             draws = draw(config, run.student.config, latents, run.iteration + 1, places)
 
             # The only moment at which a process waits for its device and for the others.
-            asked = torch.full_like(loss, stop.asked)
+            asked = torch.full_like(loss, float(stop.requested))
             loss, norm, asked = runs.total(torch.stack([loss, norm / world, asked])).tolist()
             stop.agreed = asked > 0
             if math.isfinite(loss + norm):

@@ -419,14 +419,14 @@ def test_interrupted_equals_uninterrupted(tmp_path, teacher_file, monkeypatch, c
 def test_the_second_ctrl_c_kills_the_second_sigterm_does_not():
     with runs.Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
+        assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     with runs.Stop() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
+        assert stop.requested
 
 
 def test_killed_between_checkpoint_and_student(tmp_path, teacher_file, monkeypatch):
