@@ -14,9 +14,10 @@ checkpoints.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.teachers import guided_velocity
-from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
+from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, Time
 
 HEADS = ("velocity", "gmflow", "dx")
 FREQUENCIES = 256  # width of the sinusoidal embedding of t
@@ -51,6 +52,8 @@ class DiTConfig:
     latent_size: int = 32  # the size that it was trained at; any square size runs
     num_classes: int = 1000  # the null class has the index num_classes
     time_scale: float = 1.0  # factor applied to t before the time embedding
+    flip_time: bool = False  # the time embedding gets 1 - t: trained with t = 1 as data
+    norm2_eps: float = 1e-6  # of the LayerNorm before the MLP; published networks: 1e-5
     head: str = "velocity"
     components: int = 1  # K of the gmflow head, N of the dx head
     logstd_hidden: int = 1024  # gmflow only
@@ -116,11 +119,11 @@ class LabelEmbedder(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each scaled, shifted and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, hidden: int, num_heads: int):
+    def __init__(self, hidden: int, num_heads: int, norm2_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=norm2_eps)
         gelu = lambda: nn.GELU(approximate="tanh")  # noqa: E731
         self.mlp = Mlp(hidden, hidden_features=4 * hidden, act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
@@ -188,9 +191,11 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.hidden)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
         self.blocks = nn.ModuleList(
-            [Block(config.hidden, config.num_heads) for _ in range(config.depth)]
+            [Block(config.hidden, config.num_heads, config.norm2_eps) for _ in range(config.depth)]
         )
         self.final_layer = FinalLayer(config)
+        positions = position_features(config.latent_size // config.patch, config.hidden)
+        self.register_buffer("positions", positions, persistent=False)  #      (T, hidden)
         self.initialize()
 
     def initialize(self) -> None:
@@ -216,18 +221,29 @@ class DiT(nn.Module):
         if self.config.head == "gmflow":
             nn.init.constant_(final.logstds[3].bias, math.log(INITIAL_STD))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor | GaussianMixture:
-        """x (B, C, H, H), t (B,) in [0, 1], labels (B,) in 0..num_classes -> the head's output."""
+    def forward(self, x: Tensor, t: Time, labels: Tensor) -> Tensor | GaussianMixture:
+        """-> the head's output.
+
+        Args: x: (B, C, H, H); t: in [0, 1], a number, () or (B,); labels: integers in
+            0..num_classes, () or (B,).
+        Raises: ValueError for x of another shape, or labels that are no integers.
+        """
         size, patch, channels = x.shape[-1], self.config.patch, self.config.channels
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] != size or size % patch:
             raise ValueError(
                 f"x has the shape {tuple(x.shape)}; expected (B, {channels}, H, H) with H a "
                 f"multiple of {patch}"
             )
-        dtype = self.x_embedder.proj.weight.dtype
-        positions = position_features(size // patch, self.config.hidden, x.device)
-        h = self.x_embedder(x.to(dtype)) + positions.to(dtype)  #           (B, T, hidden)
-        condition = self.t_embedder(self.config.time_scale * t) + self.y_embedder(labels)
+        t, labels = (torch.as_tensor(value, device=x.device) for value in (t, labels))
+        if labels.is_floating_point():
+            raise ValueError(f"labels are {labels.dtype}; they must be integers")
+        t = self.config.time_scale * (1 - t.float() if self.config.flip_time else t.float())
+        h = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  #        (B, T, hidden)
+        positions = self.positions
+        if len(positions) != h.shape[1]:
+            positions = position_features(size // patch, self.config.hidden, x.device)
+        h = h + positions.to(h.dtype)
+        condition = self.t_embedder(t.expand(len(x))) + self.y_embedder(labels.expand(len(x)))
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, condition, use_reentrant=False)
@@ -244,6 +260,11 @@ def check_config(config: DiTConfig) -> None:
         raise ValueError(f"components is {config.components}; the velocity head has exactly 1")
     if config.components < 1:
         raise ValueError(f"components is {config.components}; it must be at least 1")
+    if config.latent_size < 1 or config.latent_size % config.patch:
+        raise ValueError(
+            f"latent_size is {config.latent_size}; it must be a positive multiple of the patch "
+            f"size, {config.patch}"
+        )
     if config.num_heads < 1 or config.hidden % 4 or config.hidden % config.num_heads:
         raise ValueError(
             f"num_heads is {config.num_heads} and hidden {config.hidden}; hidden must be a "
@@ -257,28 +278,41 @@ def check_config(config: DiTConfig) -> None:
 
 
 def guided_teacher(
-    net: DiT,
-    labels: Tensor,
-    scale: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    orthogonal: float = 0.0,
-) -> Callable[[Tensor, Tensor], Tensor]:
+    net: DiT, labels: Tensor, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
+    orthogonal: float = 0.0, times: Iterable | None = None,
+) -> Callable[[Tensor, Time], Tensor]:  # fmt: skip
     """A teacher (x, t) -> u with classifier-free guidance; labels (B,) belong to the samples of x.
 
-    Both branches are one batched call of the network. With scale 1 there is one branch only.
-    x may hold several samples per label: (M * B, ...) with the labels repeating M times.
+    One batched call of the network: all rows with their labels, and the rows whose t is inside the
+    guidance interval again, with the null class. x may hold several samples per label: (M * B, ...)
+    with the labels repeating M times.
+
+    times: the t of every query in the order of the queries, as CPU tensors or arrays. On a GPU
+        they select the rows without a device sync; without them both branches get all rows.
     """
-    null = torch.full_like(labels, net.config.num_classes)
+    times = None if times is None else iter(times)
 
     @torch.no_grad()
-    def teacher(x: Tensor, t: Tensor) -> Tensor:
-        repeats = x.shape[0] // labels.shape[0]
-        cond = labels.repeat(repeats)
+    def teacher(x: Tensor, t: Time) -> Tensor:
+        cond = labels.repeat(len(x) // len(labels))
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
         if scale == 1.0:
             return net(x, t, cond).to(x.dtype)
-        both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null.repeat(repeats)]))
-        u_cond, u_uncond = both.to(x.dtype).chunk(2)
-        return guided_velocity(u_cond, u_uncond, scale, t, interval, x, orthogonal)
+        every = torch.arange(len(x), device=x.device)
+        guided, within = every, interval
+        known = next(times) if times else t.float() if t.device.type == "cpu" else None
+        if known is not None:
+            host = np.broadcast_to(np.asarray(known, np.float32), len(x))
+            inside = (host >= np.float32(interval[0])) & (host <= np.float32(interval[1]))
+            guided = torch.from_numpy(inside.nonzero()[0]).to(x.device, non_blocking=True)
+            within = (0.0, 1.0)
+        rows = torch.cat([every, guided])
+        null = torch.full_like(guided, net.config.num_classes)
+        both = net(x[rows], t[rows], torch.cat([cond, null])).to(x.dtype)
+        u, u_uncond = both.split([len(x), len(guided)])
+        t, u_cond = t[guided], u[guided]
+        u_guided = guided_velocity(u_cond, u_uncond, scale, t, within, x[guided], orthogonal)
+        return u.index_copy(0, guided, u_guided)
 
     return teacher
 

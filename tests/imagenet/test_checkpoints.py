@@ -16,8 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imagenet.checkpoints import init_student_from_teacher, load_dit, save_dit
-from imagenet.dit import DiT, DiTConfig, position_features
+from imagenet.checkpoints import (
+    init_student_from_teacher,
+    load_decoder,
+    load_dit,
+    save_dit,
+    to_published,
+    weights_hash,
+)
+from imagenet.dit import PIXELS, DiT, DiTConfig, position_features
 from piflow_minimal import GaussianMixture
 
 DATA = Path(__file__).parent.parent / "data" / "dit"
@@ -75,6 +82,15 @@ def test_published_dx_student():
     net = load_dit(DATA / "dx_student.safetensors", num_heads=2)
     assert (net.config.head, net.config.components) == ("dx", 5)
     assert close(net(data["x"], data["t"], data["labels"].long()), data["dx_velocities"])
+
+
+def test_second_layernorm_is_that_of_the_layout():
+    """Agreement to float32 rounding, which the other eps misses by ten times."""
+    files = ("teacher.safetensors", "io.npz", 1e-5), ("repa_sit.pt", "repa_io.npz", 1e-6)
+    for file, io, eps in files:
+        data, net = recorded(io), load_dit(DATA / file, num_heads=2)
+        assert net.config.norm2_eps == eps
+        assert close(net(data["x"], data["t"], data["labels"].long()), data["velocity"], 1e-6)
 
 
 def test_repa_checkpoint_prefers_ema(tmp_path):
@@ -220,3 +236,197 @@ def test_hub_sources_are_split_into_repository_and_path(monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert load_dit("owner/repository/folder/net.safetensors", num_heads=2).config.depth == 2
     assert asked == [("owner/repository", "folder/net.safetensors")]
+
+
+# -- files as people have them ---------------------------------------------------------------------
+
+
+def head_rows(state: dict, extra: torch.Tensor) -> dict:
+    """A velocity head with more rows per pixel: (4, C) -> (4, C + extra)."""
+    weight, bias = (state[f"final_layer.linear.{kind}"] for kind in ("weight", "bias"))
+    weight = torch.cat([weight.unflatten(0, (4, -1)), extra], dim=1).flatten(0, 1)
+    bias = torch.cat([bias.unflatten(0, (4, -1)), extra[..., 0]], dim=1).flatten()
+    return state | {"final_layer.linear.weight": weight, "final_layer.linear.bias": bias}
+
+
+def positions(rows: int = 4) -> dict[str, torch.Tensor]:
+    return {"pos_embed": position_features(rows, 24)[None]}
+
+
+def saved(tmp_path, state: dict, name: str = "net.pt") -> Path:
+    torch.save(state, tmp_path / name)
+    return tmp_path / name
+
+
+def outputs(net: DiT) -> torch.Tensor:
+    x, t, labels = inputs()
+    with torch.no_grad():
+        return net(x, t, labels)
+
+
+@pytest.mark.parametrize("extra, word", [(4, "variance half"), (1, "log standard deviation")])
+def test_a_second_half_of_the_head_is_left_out(tmp_path, extra, word):
+    """SiT's and DiT's learn_sigma; one Gaussian with its log std. Never N = 2 of dx."""
+    net = random_net()
+    state = head_rows(net.state_dict(), torch.randn(4, extra, 24)) | positions()
+    with pytest.warns(UserWarning, match=f"read as a velocity, its {word} is left out"):
+        found = load_dit(saved(tmp_path, {"ema": state, "args": None}), num_heads=2)
+    assert found.config == random_net(latent_size=8, logstd_hidden=1024).config
+    assert torch.equal(outputs(found), outputs(net))
+
+
+def test_twice_the_rows_without_a_sign_of_either_are_refused(tmp_path):
+    net = random_net(head="dx", components=2)
+    path = saved(tmp_path, net.state_dict())
+    with pytest.raises(ValueError, match="a velocity with a variance half, or dx with N = 2"):
+        load_dit(path, num_heads=2)
+    assert torch.equal(outputs(load_dit(path, num_heads=2, head="dx")), outputs(net))
+    with pytest.warns(UserWarning, match="variance half"):
+        assert load_dit(path, num_heads=2, head="velocity").config.head == "velocity"
+    save_dit(net, tmp_path / "net.safetensors")  # its header says
+    assert torch.equal(outputs(load_dit(tmp_path / "net.safetensors")), outputs(net))
+    with pytest.raises(ValueError, match="head is 'velocity', its output layer is a gmflow head"):
+        load_dit(DATA / "gm_student.safetensors", num_heads=2, head="velocity")
+    odd = head_rows(random_net().state_dict(), torch.randn(4, 3, 24))
+    with pytest.raises(ValueError, match="its head has 28 rows, which is no multiple of 16"):
+        load_dit(saved(tmp_path, odd), num_heads=2)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "net.", "model.diffusion_model."]
+)
+@pytest.mark.parametrize("published", [False, True])
+def test_prefixes_are_removed(tmp_path, prefix, published):
+    net = random_net(norm2_eps=1e-5 if published else 1e-6)
+    state = to_published(net.state_dict()) if published else net.state_dict()
+    path = saved(tmp_path, {prefix + key: value for key, value in state.items()})
+    with pytest.warns(UserWarning, match="prefix .* removed"):
+        assert torch.equal(outputs(load_dit(path, num_heads=2)), outputs(net))
+
+
+def test_blocks_that_were_compiled_and_checkpointed_one_by_one(tmp_path):
+    state = random_net().state_dict()
+    inner = {
+        key.replace(".attn.", "._orig_mod._checkpoint_wrapped_module.attn."): value
+        for key, value in state.items()
+    }
+    with pytest.warns(UserWarning, match="prefix _checkpoint_wrapped_module. _orig_mod. removed"):
+        net = load_dit(saved(tmp_path, inner), num_heads=2)
+    assert torch.equal(outputs(net), outputs(random_net()))
+    with pytest.raises(ValueError, match="is there twice, with and without a prefix"):
+        twice = state | {f"module.{key}": value for key, value in state.items()}
+        load_dit(saved(tmp_path, twice), num_heads=2)
+    both = {f"{name}.{k}": v for name in ("student", "teacher") for k, v in state.items()}
+    with pytest.raises(ValueError, match="several networks, with the prefixes 'student.', 'teacher"):
+        load_dit(saved(tmp_path, both), num_heads=2)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "pos_embed.pos_embed", "x_embedder.positions", "pe"])
+@pytest.mark.parametrize("shape", [(1, 64, 24), (64, 24), (1, 8, 8, 24)])
+def test_latent_size_is_that_of_stored_positions(tmp_path, name, shape):
+    net = random_net(latent_size=16)
+    stored = {name: position_features(8, 24).half().reshape(shape)}
+    path = saved(tmp_path, net.state_dict() | stored)
+    assert load_dit(path, num_heads=2).config.latent_size == 16
+    with pytest.raises(ValueError, match="latent_size is 32, its positions are of 16"):
+        load_dit(path, num_heads=2, latent_size=32)
+
+
+def test_other_positions_are_refused_and_empty_ones_are_not_used(tmp_path):
+    state, net = random_net().state_dict(), random_net()
+    learned = {"pos_embed": torch.randn(1, 16, 24)}
+    with pytest.raises(ValueError, match="positions pos_embed differ from the sin-cos ones by"):
+        load_dit(saved(tmp_path, state | learned), num_heads=2)
+    empty = {"pos_embed": torch.zeros(1, 16, 24)}
+    assert torch.equal(outputs(load_dit(saved(tmp_path, state | empty), num_heads=2)), outputs(net))
+
+
+def test_embeddings_repeated_in_each_block(tmp_path):
+    """As diffusers' own DiT stores them; with them, twice the rows are a variance half."""
+    net = random_net(norm2_eps=1e-5)
+    state = to_published(head_rows(net.state_dict(), torch.randn(4, 4, 24)))
+    embedding = {key: state.pop(key) for key in list(state) if key.startswith("emb.")}
+    for i in range(2):
+        repeated = {f"transformer_blocks.{i}.norm1.{k}": v.clone() for k, v in embedding.items()}
+        state |= repeated
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.warns(UserWarning, match="10 embeddings repeated in the blocks are kept once"):
+        found = load_dit(tmp_path / "net.safetensors", num_heads=2)
+    assert torch.equal(outputs(found), outputs(net))
+    state["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"] += 1
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="each has its own embedding"):
+        load_dit(tmp_path / "net.safetensors", num_heads=2)
+
+
+@pytest.mark.parametrize("head, size", [("velocity", 1), ("gmflow", 3)])
+def test_a_clock_that_runs_the_other_way(tmp_path, head, size):
+    """v(x, s) with s = 1 at the data is -u(x, 1 - s); a second round does not turn it again."""
+    net, (x, t, labels) = random_net(head=head, components=size), inputs()
+    path = saved(tmp_path, net.state_dict())
+    flipped = load_dit(path, num_heads=2, flip_time=True)
+    save_dit(flipped, tmp_path / "flipped.safetensors")
+    for found in (flipped, load_dit(tmp_path / "flipped.safetensors"),
+                  load_dit(tmp_path / "flipped.safetensors", flip_time=True)):  # fmt: skip
+        with torch.no_grad():
+            ours, theirs = found(x, t, labels), net(x, 1 - t, labels)
+        if head == "gmflow":
+            assert close(ours.logweights, theirs.logweights, 1e-6)
+            ours, theirs = ours.means, theirs.means
+        assert close(ours, -theirs, 1e-6)
+
+
+def test_what_a_pt_must_not_hold_is_named(tmp_path):
+    state = random_net().state_dict()
+    for thing, named in ((Path("x"), "pathlib"), (np.float64(1), "numpy")):
+        with pytest.raises(ValueError, match=rf"holds a {named}\S+, only tensors are read"):
+            load_dit(saved(tmp_path, {"model": state, "note": thing}), num_heads=2)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    net = random_net()
+    net.blocks[1].mlp.fc2.weight.data[0, 0] = float("nan")
+    save_dit(net, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="not finite: blocks.1.mlp.fc2.weight"):
+        load_dit(tmp_path / "net.safetensors")
+
+
+def test_weights_are_identified_by_content(tmp_path):
+    net = random_net()
+    save_dit(net, tmp_path / "a.safetensors")
+    save_dit(net, tmp_path / "b.safetensors", published=True)
+    a, b = (load_dit(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert weights_hash(a) == weights_hash(b) == weights_hash(net)
+    b.blocks[0].mlp.fc1.bias.data[3] += 1e-3
+    others = [b, random_net(time_scale=2.0), random_net().bfloat16()]
+    assert len({weights_hash(other) for other in (a, *others)}) == 4
+
+
+# -- decoder ---------------------------------------------------------------------------------------
+
+
+def test_decoder_is_what_the_config_states():
+    config, latents = DiTConfig(num_classes=1000, decoder=PIXELS), torch.randn(2, 4, 3, 3)
+    images = load_decoder(config, torch.device("cpu"))(latents)
+    assert torch.equal(images, torch.nn.functional.pixel_shuffle(latents, 2).clamp(-1, 1))
+    with pytest.raises(ValueError, match="has 5 latent channels, the decoder pixel-shuffle"):
+        load_decoder(dataclasses.replace(config, channels=5), torch.device("cpu"))
+
+
+def test_vae_is_checked_and_what_is_not_finite_is_refused(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+        shift_factor=0.25, down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path)
+    config, latents = DiTConfig(decoder=str(tmp_path)), torch.randn(3, 4, 4, 4)
+    with torch.no_grad():
+        expected = vae.decode(latents / 0.5 + 0.25).sample.clamp(-1, 1)
+    assert close(load_decoder(config, torch.device("cpu"))(latents), expected, 1e-5)
+    with pytest.raises(ValueError, match="has 16 latent channels, the VAE .* has 4"):
+        load_decoder(dataclasses.replace(config, channels=16), torch.device("cpu"))
+    with pytest.raises(ValueError, match="in torch.float32 are not finite"):
+        load_decoder(config, torch.device("cpu"))(latents * torch.nan)

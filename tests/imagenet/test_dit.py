@@ -2,9 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from fake_cuda import needs_fake_cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common.teachers import guided_velocity
 from imagenet.checkpoints import init_student_from_teacher
 from imagenet.dit import PRESETS, DiT, DiTConfig, dit_student, guided_teacher
 from piflow_minimal import DXPolicy, GMFlowPolicy, pi_id_loss
@@ -94,6 +98,7 @@ def test_logstd_does_not_reach_the_embedding():
         ({"components": 2}, "components"),
         ({"head": "dx", "components": 0}, "components"),
         ({"num_heads": 5}, "num_heads"),
+        ({"latent_size": 9}, "latent_size is 9"),
     ],
 )
 def test_impossible_networks_are_refused(changes, named):
@@ -136,15 +141,90 @@ def test_students_give_policies_and_teachers_are_refused():
 
 
 def test_guided_teacher_is_one_batched_call_and_the_formula():
+    """Rows outside the interval (here t = 1) are not computed a second time."""
     net, (x, t, labels) = random_net(), inputs()
     with torch.no_grad():
         cond, uncond = net(x, t, labels), net(x, t, torch.full_like(labels, 10))
     sizes = []
     net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     u = guided_teacher(net, labels, 2.5, (0.0, 0.8))(x, t)
-    assert sizes == [6]
+    assert sizes == [5]
     expected = torch.where((t <= 0.8).view(-1, 1, 1, 1), 2.5 * cond - 1.5 * uncond, cond)
     assert close(u, expected, 1e-5) and not close(u, cond)
-    assert close(guided_teacher(net, labels)(x, t), cond, 1e-6) and sizes == [6, 3]
+    assert close(guided_teacher(net, labels)(x, t), cond, 1e-6) and sizes == [5, 3]
+    assert close(guided_teacher(net, labels, 2.5, (0.0, 0.05))(x, t), cond, 1e-6) and sizes[2] == 3
     twice = guided_teacher(net, labels, 2.5, (0.0, 0.8))(x.repeat(2, 1, 1, 1), t.repeat(2))
-    assert close(twice, expected.repeat(2, 1, 1, 1), 1e-5)
+    assert close(twice, expected.repeat(2, 1, 1, 1), 1e-5) and sizes[3] == 10
+
+
+def test_orthogonal_guidance_is_that_of_all_rows():
+    net, (x, t, labels) = random_net(), inputs()
+    with torch.no_grad():
+        cond, uncond = net(x, t, labels), net(x, t, torch.full_like(labels, 10))
+    expected = guided_velocity(cond, uncond, 3.0, t, (0.2, 0.8), x, 0.7)
+    assert close(guided_teacher(net, labels, 3.0, (0.2, 0.8), 0.7)(x, t), expected, 1e-5)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("known", [False, True])
+def test_guided_teacher_on_a_gpu_leaves_rows_out_by_host_times(known):
+    """A fake GPU raises on every device sync; without host times both branches are whole."""
+    sizes = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        net, x = DiT(SMALL).eval(), torch.randn(3, 4, 8, 8)
+        net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        labels = torch.zeros(3, dtype=torch.long)
+        host = np.array([1.0, 0.5, 0.2])
+        times = iter([host, host]) if known else None
+        teacher = guided_teacher(net, labels, 2.5, (0.0, 0.8), times=times)
+        for _ in range(2):
+            assert teacher(x, torch.rand(3)).shape == x.shape
+    assert sizes == [5, 5] if known else [6, 6]
+
+
+# -- kinds of arguments --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "t, labels",
+    [
+        (0.5, 3),
+        (torch.tensor(0.5), torch.tensor(3)),
+        (torch.full((3,), 0.5, dtype=torch.float64), torch.full((3,), 3, dtype=torch.int32)),
+        (np.full(3, 0.5), np.full(3, 3)),
+        (torch.full((3,), 0.5, dtype=torch.bfloat16), [3, 3, 3]),
+    ],
+)
+def test_kinds_of_times_and_labels(t, labels):
+    net, (x, _, _) = random_net(), inputs()
+    expected = net(x, torch.full((3,), 0.5), torch.full((3,), 3))
+    assert torch.equal(net(x, t, labels), expected)
+    assert torch.equal(net(x.double(), t, labels), expected)
+
+
+def test_an_integer_time_and_float_labels():
+    net, (x, _, labels) = random_net(), inputs()
+    assert torch.equal(net(x, 1, labels), net(x, torch.ones(3), labels))
+    with pytest.raises(ValueError, match="labels are torch.float32; they must be integers"):
+        net(x, 1, labels.float())
+
+
+def test_positions_follow_the_weights_dtype_and_the_size():
+    """In bfloat16 and under autocast the tokens stay bfloat16: nothing is promoted."""
+    net, (x, t, labels) = random_net(), inputs()
+    seen = []
+    net.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x, t, labels)
+    assert close(net.bfloat16()(x, t, labels).float(), random_net()(x, t, labels), 0.05)
+    assert seen == [torch.bfloat16] * 2
+    assert "positions" not in net.state_dict()
+    large = random_net(latent_size=12)
+    assert torch.equal(large(*inputs(3, 8)), random_net()(*inputs(3, 8)))
+
+
+def test_flipped_clock_and_second_layernorm():
+    net, (x, t, labels) = random_net(), inputs()
+    flipped = random_net(flip_time=True)
+    assert torch.equal(flipped(x, 1 - t, labels), net(x, 1 - (1 - t), labels))
+    assert not torch.equal(random_net(norm2_eps=1e-2)(x, t, labels), net(x, t, labels))
