@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 -m imagenet.distill          # the same on two cores: faster
     python -m imagenet.distill --nfe 2 --components 32       # any setting can be overridden
     python -m imagenet.distill --preset tiny-dx              # the DX policy
+    python -m imagenet.smoke --preset gm-repa-1nfe           # will it run here, and for how long?
     python -m imagenet.distill --preset gm-repa-1nfe         # ImageNet 256, one GPU
     torchrun --nproc-per-node 8 -m imagenet.distill --preset gm-repa-1nfe        # one node
     torchrun --nnodes 4 --node-rank R --nproc-per-node 8 --master-addr HOST \\
@@ -11,9 +12,7 @@
     torchrun --nproc-per-node 8 -m imagenet.distill --preset gm-repa-2nfe --latents LATENTS
 
 `--preset` names the published runs; `--help` lists every setting. Run the same command again to
-continue an interrupted run: it goes on as if nothing had happened. SIGTERM and Ctrl-C finish the
-iteration and save; torchrun allows 30 seconds for that. Several nodes need an --out that all of
-them see.
+continue an interrupted run, bit for bit. SIGTERM and Ctrl-C finish the iteration and save.
 
 **One network evaluation needs no images.** The segment starts at t = 1, in pure noise: labels and
 noise are all there is (Algorithms 2 and 3 are the same for nfe = 1). With more evaluations the
@@ -24,17 +23,13 @@ A step sees --batch samples, whatever the number of processes and --micro-batch.
 sample depends on the seed, the iteration and the sample's place in the batch alone.
 
 In --out: config.json, stats.jsonl, student.safetensors (the moving average, for
-imagenet.sample), checkpoints/, pictures/.
+imagenet.sample), checkpoints/, pictures/. imagenet/README.md has the recipes.
 """
 
-import argparse
 import copy
-import dataclasses
-import json
 import math
 import time
-import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,25 +37,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import imagenet.distributed as runs
-from common.cli import run_cli
-from imagenet import checkpoints
+from common.cli import check_interval, compiled, compiled_policies, parse, run_cli, setting
 from imagenet.checkpoints import (
     TEACHERS,
     Source,
     init_student_from_teacher,
     load_dit,
     save_dit,
-    to_pixels,
 )
 from imagenet.dit import DiT, DiTConfig, dit_student, guided_teacher
-from piflow_minimal import PiIDLoss, Policy, pi_id_loss, sample, segment_of
+from imagenet.monitor import BINS, Monitor, due
+from piflow_minimal import PiIDLoss, Policy, pi_id_loss, segment_of
 
-BINS = 10  # of t, for the loss in stats.jsonl
-PAIRS = 10  # noises of the pictures
 MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run gives up
 
 
@@ -69,88 +59,101 @@ MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run 
 # ---------------------------------------------------------------------------------------------
 
 
-def setting(default, about: str):
-    """A field of `Config` with its help text."""
-    return dataclasses.field(default=default, metadata={"help": about})
-
-
 @dataclass(frozen=True)
-class Config:
+class Settings:
     """One run. The defaults are what all published ImageNet runs have in common."""
 
     out: str = setting("outputs", "folder of the run, local or remote (s3://...)")
     teacher: str = setting("repa", "tiny, repa, fm, a file, or owner/repository/path on the Hub")
-    num_heads: int = setting(0, "of a teacher whose file does not say; 0: as the file says, or 16")
-    time_scale: float = setting(0.0, "the network is told this times t; 0: as the teacher's file")
-    guidance: float = setting(3.2, "classifier-free guidance of the teacher; 1 is none")
-    guidance_low: float = setting(0.0, "guidance acts from this noise level ...")
-    guidance_high: float = setting(0.7, "... to this one")
+    num_heads: int = setting(0, "teacher's attention heads; 0: as its file states, or 16", low=0)
+    time_scale: float = setting(
+        0.0, "factor applied to t before the time embedding; 0: as the teacher's file states", low=0
+    )
+    guidance: float = setting(3.2, "classifier-free guidance of the teacher; 1: none", low=0)
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 0.7), "noise levels t with guidance", metavar=("LOW", "HIGH")
+    )
 
-    policy: str = setting("gmflow", "gmflow or dx")
-    components: int = setting(32, "K of a gmflow policy, N of a dx policy")
-    nfe: int = setting(1, "segments, one network evaluation each")
-    latents: str = setting("", "of imagenet.cache_latents, for nfe > 1; empty: data-free")
+    policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx"))
+    components: int = setting(32, "K of a gmflow policy, N of a dx policy", low=1)
+    nfe: int = setting(1, "segments, one network evaluation each", low=1)
+    latents: str = setting("", "folder of imagenet.cache_latents, for nfe > 1; empty: data-free")
 
-    iterations: int = setting(140_000, "optimizer steps")
-    batch: int = setting(4096, "samples per step, over all processes")
-    micro_batch: int = setting(128, "samples that a process handles at once; 0: its whole share")
-    intermediates: int = setting(2, "times per segment at which the teacher is asked")
-    substeps: int = setting(128, "of the walking policy, per unit of time")
-    solver: str = setting("euler", "of the walking policy: euler, deis, or exact (dx only)")
-    window_substeps: int = setting(0, "micro-window for dx: compares mean velocities over it")
-    dropout: float = setting(0.05, "of components, while the policy walks (gmflow)")
-    time_weight: float = setting(0.0, "weight the squared error at t by t to this power")
-    loss_scale: float = setting(3.0, "factor of the loss")
+    iterations: int = setting(140_000, "optimizer steps", low=1)
+    batch: int = setting(4096, "samples per step, over all processes", low=1)
+    micro_batch: str = setting(
+        "auto", "samples that a process handles at once; auto: as many as the GPU's memory takes"
+    )
+    num_intermediates: int = setting(2, "teacher queries per segment", low=1)
+    total_substeps: int = setting(128, "substeps of the policy rollout, per unit of tau", low=1)
+    solver: str = setting(
+        "euler", "solver of the rollout, exact for dx only", choices=("euler", "deis", "exact")
+    )
+    window_substeps: int = setting(0, "micro-window of the mean velocities, for dx", low=0)
+    dropout: float = setting(0.05, "of components in the rollout (gmflow)", low=0, high=0.99)
+    time_weight: float = setting(0.0, "power of t that weights the squared error", low=0)
+    loss_scale: float = setting(1.5, "factor of the loss", above=0)
 
-    lr: float = setting(5e-5, "peak learning rate")
-    lr_decay: str = setting("none", "after the warm-up: none, or cosine (to zero)")
-    warmup: int = setting(400, "iterations of linear warm-up")
-    warmup_ratio: float = setting(0.001, "of the peak, where the warm-up begins")
-    beta2: float = setting(0.95, "of AdamW; beta1 is 0.9, there is no weight decay")
-    optimizer: str = setting("adamw", "adamw, or adamw8bit (needs bitsandbytes and CUDA)")
-    clip: float = setting(50.0, "largest gradient norm ...")
-    clip_start: int = setting(400, "... from this iteration on")
-    ema_start: int = setting(400, "the average follows the weights up to this iteration")
-    ema_gamma: float = setting(7.0, "then it decays by (1 - 1/i)^(1 + gamma), i counted from there")
+    lr: float = setting(5e-5, "peak learning rate", above=0)
+    lr_decay: str = setting("none", "after the warm-up; cosine: to 0", choices=("none", "cosine"))
+    warmup: int = setting(400, "iterations of linear warm-up", low=0)
+    warmup_ratio: float = setting(0.001, "first learning rate, as a share", low=0, high=1)
+    beta2: float = setting(0.95, "AdamW's beta2; beta1 is 0.9, no weight decay", low=0, high=1)
+    optimizer: str = setting(
+        "adamw", "adamw8bit needs bitsandbytes and CUDA", choices=("adamw", "adamw8bit")
+    )
+    clip: float = setting(50.0, "largest gradient norm", above=0)
+    clip_start: int = setting(400, "iteration from which gradients are clipped", low=0)
+    ema_start: int = setting(400, "iteration up to which the moving average copies", low=0)
+    ema_gamma: float = setting(
+        7.0, "decay (1 - 1/i)^(1 + gamma) of the moving average, i counted from its start", low=0
+    )
 
-    bf16: bool = setting(True, "bfloat16 autocast around the networks; weights stay float32")
+    bf16: bool = setting(True, "bfloat16: teacher's weights, autocast around the student")
+    tf32: bool = setting(True, "TF32 matrix products on CUDA where float32 remains")
     checkpointing: bool = setting(True, "recompute activations: less memory, a third more time")
-    compile: bool = setting(False, "torch.compile both networks")
+    shard: bool = setting(False, "split weights and optimizer over the processes (FSDP)")
+    compile: bool | None = setting(None, "torch.compile blocks and policies; default: on CUDA")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "seed of everything random", low=0)
 
-    log_every: int = setting(50, "iterations between lines of stats.jsonl")
-    save_every: int = setting(1000, "iterations between checkpoints")
-    keep: int = setting(2, "newest checkpoints to keep")
-    picture_every: int = setting(2000, "iterations between pictures of pairs; 0: none")
-    teacher_steps: int = setting(64, "Euler steps of the teacher in the pictures")
-    logger: str = setting("none", "none, tensorboard or wandb, beside stats.jsonl")
+    log_every: int = setting(50, "iterations between lines of stats.jsonl", low=1)
+    save_every: int = setting(1000, "iterations between checkpoints", low=1)
+    keep: int = setting(2, "newest checkpoints to keep", low=1)
+    milestone_every: int = setting(0, "checkpoints of these multiples stay; 0: none", low=0)
+    half_checkpoints: bool = setting(
+        False, "store the average and AdamW's state in bfloat16; resuming is then not bit for bit"
+    )
+    picture_every: int = setting(2000, "iterations between pictures of pairs; 0: none", low=0)
+    teacher_steps: int = setting(64, "Euler steps of the teacher in the pictures", low=1)
+    logger: str = setting("none", "beside stats.jsonl", choices=("none", "tensorboard", "wandb"))
 
     @property
     def segments(self) -> int:
-        """How many segments one training sample walks through."""
+        """Segments that one training sample passes through."""
         return 1 if self.latents else self.nfe
 
 
 # What may change when a run is continued; all else decides its numbers.
-FREE = {"out", "iterations", "micro_batch", "checkpointing", "compile", "device", "log_every"}
-FREE |= {"save_every", "keep", "picture_every", "teacher_steps", "logger"}
+RESUMABLE = {"out", "iterations", "micro_batch", "checkpointing", "shard", "compile", "device"}
+RESUMABLE |= {"log_every", "save_every", "keep", "milestone_every", "half_checkpoints"}
+RESUMABLE |= {"picture_every", "teacher_steps", "logger"}
 
-TINY = Config(
-    teacher="tiny", guidance=2.5, guidance_high=0.8, components=8, iterations=8000, batch=32,
-    micro_batch=32, intermediates=1, substeps=16, solver="deis", time_weight=1.0, loss_scale=1.0,
-    lr=2e-3, lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0,
-    bf16=False, checkpointing=False, save_every=500, picture_every=1000,
+TINY = Settings(
+    teacher="tiny", guidance=2.5, guidance_interval=(0.0, 0.8), components=8, iterations=8000,
+    batch=32, num_intermediates=1, total_substeps=16, solver="deis", time_weight=1.0,
+    loss_scale=1.0, lr=2e-3, lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0,
+    ema_start=0, bf16=False, tf32=False, checkpointing=False, save_every=500, picture_every=1000,
 )  # fmt: skip
 TINY_DX = replace(TINY, policy="dx", dropout=0.0, components=10, solver="exact", time_weight=2.0)
-DX = Config(policy="dx", dropout=0.0, iterations=40_000)
+DX = Settings(policy="dx", dropout=0.0, iterations=40_000)
 PRESETS = {
     "tiny": TINY,
     "tiny-2nfe": replace(TINY, nfe=2, iterations=4000),  # two segments cost twice as much
     "tiny-dx": TINY_DX,
-    "gm-fm-1nfe": Config(teacher="fm", guidance=2.7, guidance_high=0.6),
-    "gm-repa-1nfe": Config(),
-    "gm-repa-2nfe": Config(nfe=2, guidance=2.8, iterations=24_000),
+    "gm-fm-1nfe": Settings(teacher="fm", guidance=2.7, guidance_interval=(0.0, 0.6)),
+    "gm-repa-1nfe": Settings(),
+    "gm-repa-2nfe": Settings(nfe=2, guidance=2.8, iterations=24_000),
     "dx-repa-1nfe-n10": replace(DX, components=10, window_substeps=10),
     "dx-repa-1nfe-n20": replace(DX, components=20, window_substeps=5),
     "dx-repa-1nfe-n40": replace(DX, components=40, window_substeps=3),
@@ -158,66 +161,25 @@ PRESETS = {
 PRESETS = {name: replace(preset, out=f"outputs/{name}") for name, preset in PRESETS.items()}
 
 
-def parse(argv: list[str] | None) -> Config:
-    """Command line -> Config: a preset, then whatever is overridden."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="tiny", help="one of " + ", ".join(PRESETS))
-    name = first.parse_known_args(argv)[0].preset
-    if name not in PRESETS:
-        raise ValueError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--preset NAME] [--SETTING VALUE ...]",
-        description=__doc__.split("\n")[0],
-        parents=[first],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    types = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        kind, boolean = types[field.name], {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=getattr(PRESETS[name], field.name),
-            help=field.metadata["help"],
-            **(boolean if kind is bool else {"type": kind}),
-        )
-    options = vars(parser.parse_args(argv))
-    del options["preset"]
-    config = Config(**options)
-    check(config)
-    return config
+def read_settings(argv: list[str] | None = None) -> Settings:
+    """Command line -> Settings: a preset, then whatever is overridden.
 
-
-def check(config: Config) -> None:
-    """Raises: ValueError that names the setting, what was given and what is accepted."""
-    choices = {
-        "policy": ("gmflow", "dx"),
-        "solver": ("euler", "deis", "exact") if config.policy == "dx" else ("euler", "deis"),
-        "lr_decay": ("none", "cosine"),
-        "optimizer": ("adamw", "adamw8bit"),
-        "logger": ("none", "tensorboard", "wandb"),
-    }
-    ranges = {"dropout": (0, 0.99), "guidance_low": (0, 1), "guidance_high": (0, 1)}
-    ranges |= {"warmup_ratio": (0, 1), "beta2": (0, 1)}
-    positive = "components nfe iterations batch intermediates substeps loss_scale lr clip"
-    positive += " log_every save_every keep teacher_steps"
-    for name, value in asdict(config).items():
-        flag = "--" + name.replace("_", "-")
-        if name in choices and value not in choices[name]:
-            raise ValueError(f"{flag} is {value!r}; choose one of {', '.join(choices[name])}")
-        low, high = ranges.get(name, (0, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise ValueError(f"{flag} is {value}; it must be in {low} .. {high}")
-        if name in positive.split() and value <= 0:
-            raise ValueError(f"{flag} is {value}; it must be positive")
+    Raises: ValueError that names the setting, what was given and what is accepted.
+    """
+    config = parse(Settings, __doc__, argv, PRESETS)
+    check_interval("--guidance-interval", config.guidance_interval)
+    if config.solver == "exact" and config.policy != "dx":
+        raise ValueError("--solver is 'exact'; a gmflow policy takes euler or deis")
     if config.dropout and config.policy == "dx":
         raise ValueError(f"--dropout is {config.dropout}; a dx policy has none, it must be 0")
-    if config.guidance_low > config.guidance_high:
-        raise ValueError(f"--guidance-low is {config.guidance_low}; it must not be above "
-                         f"--guidance-high, {config.guidance_high}")  # fmt: skip
     if not config.out.strip("/ "):
         raise ValueError(f"--out is {config.out!r}; it must name a folder")
     if config.latents and config.nfe == 1:
         raise ValueError("--latents is of no use with --nfe 1: the segment starts in pure noise")
+    given = config.micro_batch
+    if given != "auto" and not (given.isdecimal() and int(given) > 0):
+        raise ValueError(f"--micro-batch is {given!r}; it must be auto or a positive integer")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,14 +188,14 @@ def check(config: Config) -> None:
 
 
 class Draws(NamedTuple):
-    """n samples. S: segments that each walks through, M: intermediates, K: components."""
+    """n samples. S: segments of each, M: intermediates, K: components."""
 
-    labels: Tensor  #   (n,)
-    noise: Tensor  #    (n, C, H, W)
-    x_0: Tensor  #      (n, C, H, W), of no meaning without cached latents
-    tau: Tensor  #      (n,) in (0, 1]
-    walk: Tensor  #     (n, S, M) in [0, 1), where on a segment the teacher is asked
-    dropped: Tensor  #  (n, S, K) bool, components that do not walk
+    labels: Tensor  #    (n,)
+    noise: Tensor  #     (n, C, H, W)
+    x_0: Tensor  #       (n, C, H, W), of no meaning without cached latents
+    tau_src: Tensor  #   (n, S) in (0, 1], where each segment starts
+    uniforms: Tensor  #  (n, S, M) in [0, 1), query times within each segment
+    dropped: Tensor  #   (n, S, K) bool, components that the rollout lacks
 
     def part(self, begin: int, end: int, device: torch.device) -> "Draws":
         return Draws(*(value[begin:end].to(device, non_blocking=True) for value in self))
@@ -274,18 +236,26 @@ class Latents:
         return mean + std * torch.randn(mean.shape, generator=generator), int(self.labels[item])
 
 
+def training_seed(seed: int, number: int) -> int:
+    """The seed of sample `number` of a run, in [2^31, 2^32): evaluation seeds are below 2^31.
+
+    Distinct for 2^31 samples in a row, 524,000 iterations of the published batch.
+    """
+    return 2**31 + (seed * 0x9E3779B1 + number) % 2**31
+
+
 def draw(
-    config: Config, net: DiTConfig, latents: Latents | None, iteration: int, places: range
-) -> Draws:
+    config: Settings, net: DiTConfig, latents: Latents | None, iteration: int, places: range,
+    pin: bool = False,
+) -> Draws:  # fmt: skip
     """What the samples at `places` of the batch need in this iteration, on the CPU."""
-    S, M = config.segments, config.intermediates
+    S, M = config.segments, config.num_intermediates
     K = config.components if config.dropout else 1
     shape = (net.channels, net.latent_size, net.latent_size)
     items = len(latents.labels) if latents else net.num_classes
     generator, rows = torch.Generator(), []
     for place in places:
-        number = iteration * config.batch + place  # of the sample, in the whole run
-        generator.manual_seed((config.seed * 0x9E3779B1 + number) % 2**32)
+        generator.manual_seed(training_seed(config.seed, iteration * config.batch + place))
         noise = x_0 = torch.randn(shape, generator=generator)
         uniforms = torch.rand(1 + S * (M + K), generator=generator)
         item = torch.randint(items, (), generator=generator)
@@ -293,10 +263,14 @@ def draw(
             x_0, item = latents.draw(int(item), generator)
         rows.append((torch.as_tensor(item), noise, x_0, uniforms))
     labels, noise, x_0, uniforms = (torch.stack(column) for column in zip(*rows, strict=True))
-    tau, walk, chance = uniforms.split([1, S * M, S * K], dim=1)
+    tau, uniforms, chance = uniforms.split([1, S * M, S * K], dim=1)
+    tau_src = (1 - torch.arange(S) / config.nfe).expand(len(labels), S)
+    if latents:
+        tau_src = segment_of(1 - tau, config.nfe)[0]
     chance = chance.unflatten(1, (S, K))
     dropped = (chance < config.dropout) & (chance < chance.amax(2, keepdim=True))  # never all
-    return Draws(labels, noise, x_0, 1 - tau[:, 0], walk.unflatten(1, (S, M)), dropped)
+    draws = Draws(labels, noise, x_0, tau_src, uniforms.unflatten(1, (S, M)), dropped)
+    return Draws(*(value.pin_memory() for value in draws)) if pin else draws
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,7 +279,7 @@ def draw(
 
 
 class WithDropout(NamedTuple):
-    """A policy whose detached copy, the one that walks, lacks some components."""
+    """A policy whose detached copy lacks some components in the rollout."""
 
     policy: Policy
     dropped: Tensor  # (B, K) bool
@@ -321,52 +295,53 @@ class WithDropout(NamedTuple):
 
 
 def segment_losses(
-    config: Config, student: runs.Runner, teacher: runs.Runner, draws: Draws, sync: bool = True
-) -> Iterator[PiIDLoss]:
+    config: Settings, student: runs.AutocastModel, teacher: runs.AutocastModel, draws: Draws,
+    sync: bool = True,
+) -> Iterator[PiIDLoss]:  # fmt: skip
     """pi-ID on one random segment of every sample (Algorithm 2), or on all in turn (Algorithm 3).
 
-    sync: whether DistributedDataParallel may add up gradients, at the last of the losses.
+    sync: whether the backward pass of the last loss adds up gradients over the processes.
     """
     size = 1 / config.nfe  # of a segment
     policy_at = dit_student(student, draws.labels, segment_size=size)
-    interval = (config.guidance_low, config.guidance_high)
-    velocity = guided_teacher(teacher, draws.labels, config.guidance, interval)
-    x_src, tau_src = draws.noise, torch.ones_like(draws.tau)
+    velocity = guided_teacher(teacher, draws.labels, config.guidance, config.guidance_interval)
+    x_src = draws.noise
     if config.latents:
-        tau_src, _ = segment_of(draws.tau, config.nfe)
-        x_src = torch.lerp(draws.x_0, draws.noise, tau_src[:, None, None, None])
+        x_src = torch.lerp(draws.x_0, draws.noise, draws.tau_src[:, :1, None, None])
     for s in range(config.segments):
         student.sync = sync and s == config.segments - 1
+        tau_src = draws.tau_src[:, s]
         policy = policy_at(x_src, tau_src)
         if config.dropout:
             policy = WithDropout(policy, draws.dropped[:, s])
         out = pi_id_loss(
             policy, velocity, tau_src, size,
-            total_substeps=config.substeps, solver=config.solver,
-            num_intermediates=config.intermediates, window_substeps=config.window_substeps,
-            uniforms=(draws.walk[:, s], draws.walk[:, s, 1:]),  # the second: teacher steps, unused
+            total_substeps=config.total_substeps, solver=config.solver,
+            num_intermediates=config.num_intermediates, window_substeps=config.window_substeps,
+            uniforms=(draws.uniforms[:, s], draws.uniforms[:, s, 1:]),  # the second is not used
         )  # fmt: skip
         yield out
-        x_src, tau_src = out.x_dst, (tau_src - size).clamp(min=0)
+        x_src = out.x_dst
 
 
 def backward(
-    config: Config, student: runs.Runner, teacher: runs.Runner, draws: Draws, world: int = 1
-) -> tuple[Tensor, Tensor]:
+    config: Settings, student: runs.AutocastModel, teacher: runs.AutocastModel, draws: Draws,
+    world: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums the gradient of this process's samples, micro-batch by micro-batch.
 
     Returns: their part of the loss, and (2, BINS) squared errors by t, summed, and their number.
     """
     device, n = next(student.net.parameters()).device, len(draws.labels)
-    part = config.micro_batch or n
+    part = n if config.micro_batch == "auto" else int(config.micro_batch)
     loss, by_t = torch.zeros((), device=device), torch.zeros(2, BINS, device=device)
     for begin in range(0, n, part):
         piece = draws.part(begin, begin + part, device)
         for out in segment_losses(config, student, teacher, piece, begin + part >= n):
             square = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #     (M n,)
             weighted = (square * out.t**config.time_weight).sum()
-            share = weighted / (config.batch * config.intermediates * config.segments)
-            # DistributedDataParallel averages over processes; this makes it a sum.
+            share = weighted / (config.batch * config.num_intermediates * config.segments)
+            # Gradients are averaged over the processes; this makes it a sum.
             (config.loss_scale * world * share).backward()
             loss += share.detach()
             bins = (out.t * BINS).long().clamp(max=BINS - 1)
@@ -380,181 +355,114 @@ def backward(
 # ---------------------------------------------------------------------------------------------
 
 
-def learning_rate(config: Config, iteration: int) -> float:
-    """Linear warm-up, then constant or a cosine to zero. Iterations count from 0."""
-    if iteration < config.warmup:
-        ratio = config.warmup_ratio
-        return config.lr * (ratio + (1 - ratio) * iteration / config.warmup)
-    if config.lr_decay == "none":
-        return config.lr
-    done = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
-    return config.lr * (1 + math.cos(math.pi * done)) / 2
+def learning_rate(config: Settings, iteration: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero. iteration: counts from 0."""
+    schedule = (config.lr, config.warmup, config.warmup_ratio, config.lr_decay, config.iterations)
+    return runs.learning_rate(iteration, *schedule)
 
 
-def ema_decay(config: Config, steps: int) -> float:
-    """Share of the old average that stays after `steps` optimizer steps: 0 copies the weights."""
-    i = steps - config.ema_start
-    return (1 - 1 / i) ** (1 + config.ema_gamma) if i > 0 else 0.0
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works here; a warning if not."""
 
+    def probe(x: Tensor) -> Tensor:
+        return x + 1
 
-def make_optimizer(config: Config, net: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused on CUDA, or 8-bit. Raises: ImportError without bitsandbytes."""
-    options = {"lr": config.lr, "betas": (0.9, config.beta2), "weight_decay": 0.0}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), fused=device.type == "cuda", **options)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ImportError("--optimizer adamw8bit needs: pip install bitsandbytes") from error
-    return AdamW8bit(net.parameters(), **options)
+    return compiled(probe, torch.zeros(2, device=device)) is not probe
 
 
 class Run:
     """Student, its moving average and the optimizer, and how far they have come."""
 
-    def __init__(self, config: Config, teacher: DiT, device: torch.device):
+    def __init__(self, config: Settings, teacher: DiT, device: torch.device):
         torch.manual_seed(config.seed)
         generator = torch.Generator().manual_seed(config.seed)
-        self.config, self.iteration, self.skipped, self.seconds = config, 0, 0, 0.0
+        self.config, self.device, self.started = config, device, time.monotonic()
+        self.iteration, self.skipped, self.bad, self.seconds = 0, 0, 0, 0.0
         self.student = init_student_from_teacher(
             teacher, config.policy, config.components, generator=generator
         ).to(device)
         self.student.requires_grad_(True).train()
         self.student.checkpointing = config.checkpointing
+        self.compile = device.type == "cuda" if config.compile is None else config.compile
+        self.compile = self.compile and compiles(device)
         self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.optimizer = make_optimizer(config, self.student, device)
-        self.folder = runs.join(config.out, "checkpoints")
+        if config.shard:
+            runs.shard(self.student)
+            runs.shard(self.ema)
+        parameters, betas = self.student.parameters(), (0.9, config.beta2)
+        self.optimizer = runs.make_optimizer(config.optimizer, parameters, config.lr, betas)
+        self.checkpoints = runs.Checkpoints(
+            runs.join(config.out, "checkpoints"), config.keep, config.milestone_every,
+            half=("ema", "optimizer") if config.half_checkpoints else (),
+        )  # fmt: skip
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """One optimizer step, and one of the average."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.iteration)
-        self.optimizer.step()
-        decay = ema_decay(self.config, self.iteration + 1)
-        averaged, weights = list(self.ema.parameters()), list(self.student.parameters())
-        torch._foreach_lerp_(averaged, weights, 1 - decay)
+    def clip_gradients(self) -> Tensor:
+        """-> the norm before clipping, a scalar on the device."""
+        limit = self.config.clip if self.iteration >= self.config.clip_start else math.inf
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def step(self, finite: bool) -> None:
+        """One optimizer step and one of the average; none of both if a number was not finite."""
+        self.bad = 0 if finite else self.bad + 1
+        self.skipped += not finite
+        self.iteration += 1
+        self.seconds = time.monotonic() - self.started
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.iteration - 1)
+            self.optimizer.step()
+            decay = runs.ema_decay(self.iteration, self.config.ema_start, self.config.ema_gamma)
+            runs.update_ema(self.ema, self.student, decay)
+
+    @property
+    def parts(self) -> dict[str, runs.Part]:
+        return {"student": self.student, "ema": self.ema, "optimizer": self.optimizer}
 
     def save(self) -> None:
-        """Writes the student and a checkpoint, then deletes the oldest checkpoints.
+        """Writes a checkpoint, then student.safetensors, while the training goes on."""
+        numbers = {name: getattr(self, name) for name in ("skipped", "seconds")}
+        self.checkpoints.save(self.iteration, self.parts, numbers, self.write_student)
 
-        In this order: a run that is killed in between writes the same student again.
-        """
+    def write_student(self, state: dict) -> None:
+        """student.safetensors from the average in a checkpoint."""
+        with torch.device("meta"):
+            net = DiT(self.ema.config)
+        net.load_state_dict(state["ema"], assign=True)
         with runs.writing(runs.join(self.config.out, "student.safetensors")) as temporary:
-            save_dit(self.ema, temporary)
-        counts = {name: getattr(self, name) for name in ("iteration", "skipped", "seconds")}
-        parts = {name: getattr(self, name).state_dict() for name in ("student", "ema", "optimizer")}
-        with runs.writing(runs.join(self.folder, f"step_{self.iteration:08d}.pt")) as temporary:
-            torch.save(counts | parts, temporary)
-        for name in runs.list_files(self.folder, "step_")[: -self.config.keep]:
-            runs.remove(runs.join(self.folder, name))
+            save_dit(net, temporary)
 
-    def restore(self, rank: int) -> None:
-        """Continues from the newest whole checkpoint, if there is one.
+    def restore(self) -> None:
+        """Continues from the newest whole checkpoint, if there is one."""
+        numbers = self.checkpoints.restore(self.parts, self.device) or {}
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        self.started = time.monotonic() - self.seconds
+        if numbers:  # a run that was killed in between has an older student
+            self.checkpoints.background({"ema": self.ema.state_dict()}, self.write_student)
 
-        Raises: FileNotFoundError if rank 0 has a checkpoint that this process does not see.
-        """
-        state, out = None, self.config.out
-        if rank == 0:
-            for folder in (self.folder, out, runs.join(out, "pictures")):
-                runs.remove_leftovers(folder)
-            state = self.newest()
-        name = runs.from_first(state and state["name"])
-        if name is None:
+    def average(self) -> DiT:
+        """The moving average as a whole network, on every process; a copy if it is sharded."""
+        if not self.config.shard:
+            return self.ema
+        with torch.device("meta"):
+            net = DiT(self.ema.config).eval().requires_grad_(False)
+        state = {key: value.full_tensor() for key, value in self.ema.state_dict().items()}
+        net.load_state_dict(state, assign=True)
+        return net
+
+    def check_progress(self) -> None:
+        """Raises: ValueError after MOST_SKIPPED iterations in a row without a step."""
+        if self.bad < MOST_SKIPPED:
             return
-        try:
-            state = state or runs.read_checkpoint(runs.join(self.folder, name))
-        except FileNotFoundError as error:
-            reason = f"rank {rank} does not see {name}; all nodes must see the same folder"
-            raise FileNotFoundError(f"--out {out}: {reason}") from error
-        for part in ("student", "ema", "optimizer"):
-            getattr(self, part).load_state_dict(state[part])
-        self.iteration, self.skipped = state["iteration"], state["skipped"]
-        self.seconds = state["seconds"]
-
-    def give_up(self, bad: int, rank: int) -> None:
-        """Raises: ValueError, after `bad` iterations in a row without a step; saves what was."""
-        self.iteration -= bad
-        if rank == 0:
-            self.save()
+        self.iteration -= self.bad
+        self.save()
+        self.checkpoints.wait()
         raise ValueError(
-            f"loss or gradient was not finite in {bad} iterations in a row; the weights from "
+            f"loss or gradient was not finite in {self.bad} iterations in a row; the weights from "
             f"before, iteration {self.iteration}, are saved; try a lower --lr than "
             f"{self.config.lr} in another --out"
         )
-
-    def newest(self) -> dict | None:
-        """The newest checkpoint that can be read; the damaged ones above it are named."""
-        for name in reversed(runs.list_files(self.folder, "step_")):
-            try:
-                return runs.read_checkpoint(runs.join(self.folder, name)) | {"name": name}
-            except ValueError as error:
-                reason = " ".join(str(error).split())[:100]
-                print(f"skipping the damaged checkpoint {name}: {reason}")
-        return None
-
-
-# ---------------------------------------------------------------------------------------------
-# Logs and pictures
-# ---------------------------------------------------------------------------------------------
-
-
-class Recent:
-    """Losses since the last line of stats.jsonl."""
-
-    def __init__(self, device: torch.device):
-        self.losses, self.norm, self.began = [], 0.0, time.monotonic()
-        self.by_t = torch.zeros(2, BINS, device=device)
-
-    def add(self, loss: float, norm: float, by_t: Tensor) -> None:
-        self.losses.append(loss)
-        self.norm = norm
-        self.by_t += by_t
-
-    def record(self, run: Run, device: torch.device) -> dict:
-        """One line of stats.jsonl. Every process has to call this."""
-        squares, counts = runs.total(self.by_t)
-        elapsed = time.monotonic() - self.began
-        return {
-            "iteration": run.iteration,
-            "loss": sum(self.losses) / len(self.losses),
-            "loss_by_t": [round(value, 6) for value in (squares / counts.clamp(min=1)).tolist()],
-            "grad_norm": self.norm,
-            "lr": learning_rate(run.config, run.iteration - 1),
-            "images_per_s": run.config.batch * len(self.losses) / elapsed,
-            "memory_gib": runs.memory_gib(device),
-            "seconds": run.seconds,
-            "skipped": run.skipped,
-        }
-
-
-class Pairs:
-    """Fixed noises, and where the teacher takes them in many steps: the student should follow."""
-
-    def __init__(self, config: Config, teacher: runs.Runner, device: torch.device):
-        net, self.config = teacher.config, config
-        generator = torch.Generator().manual_seed(config.seed)
-        shape = (PAIRS, net.channels, net.latent_size, net.latent_size)
-        self.noise = torch.randn(shape, generator=generator).to(device)
-        self.labels = (torch.arange(PAIRS) * net.num_classes // PAIRS).to(device)
-        interval = (config.guidance_low, config.guidance_high)
-        velocity = guided_teacher(teacher, self.labels, config.guidance, interval)
-        self.target = runs.follow_teacher(velocity, self.noise, config.teacher_steps)
-        self.decode = checkpoints.load_decoder(net, device)
-        self.images = to_pixels(self.decode(self.target))
-
-    def compare(self, ema: DiT, iteration: int) -> float:
-        """Draws the pairs. -> root mean square of the endpoint error, in latents."""
-        config = self.config
-        net = runs.Runner(ema, ema.config, config.bf16)
-        student = dit_student(net, self.labels, 1 / config.nfe)
-        steps = {"total_substeps": config.substeps, "solver": config.solver}
-        x_0 = sample(student, self.noise, config.nfe, **steps)
-        rows = {f"teacher, {config.teacher_steps} steps": self.images}
-        rows[f"student, nfe {config.nfe}"] = to_pixels(self.decode(x_0))
-        path = runs.join(config.out, "pictures", f"step_{iteration:08d}.png")
-        runs.draw_rows(path, rows, f"the same noise, iteration {iteration}")
-        return (x_0 - self.target).square().mean().sqrt().item()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -562,94 +470,89 @@ class Pairs:
 # ---------------------------------------------------------------------------------------------
 
 
+def check_run(config: Settings) -> dict:
+    """config.json of the run that is continued, empty for a new one. On rank 0.
+
+    Raises: ValueError if a setting that decides numbers differs.
+    """
+    decisive = {name: value for name, value in asdict(config).items() if name not in RESUMABLE}
+    return runs.check_same(runs.join(config.out, "config.json"), decisive)
+
+
+def say_new_schedule(run: Run, before: dict) -> None:
+    """One line if --iterations moves the learning rate of a run that is continued."""
+    old = before.get("iterations", run.config.iterations)
+    if run.iteration and run.config.lr_decay != "none" and old != run.config.iterations:
+        configs = (replace(run.config, iterations=n) for n in (old, run.config.iterations))
+        rates = [learning_rate(config, run.iteration) for config in configs]
+        print(
+            f"--iterations is {run.config.iterations} and was {old}: the cosine ends later or "
+            f"earlier, and the learning rate is {rates[1]:.1e} from here in place of {rates[0]:.1e}"
+        )
+
+
 def prepare(
-    config: Config, rank: int, world: int, device: torch.device
-) -> tuple[Run, runs.Runner, runs.Runner, Latents | None]:
-    """-> the run, as far as it has come; student and teacher; cached latents."""
-    decisive = {name: value for name, value in asdict(config).items() if name not in FREE}
-    runs.check_same(runs.join(config.out, "config.json"), decisive)
+    config: Settings, place: runs.Place
+) -> tuple[Run, runs.AutocastModel, runs.AutocastModel, Callable[[int], Draws]]:
+    """-> the run, as far as it has come; student and teacher; the draws of an iteration."""
+    before = runs.on_first(check_run, config)
+    if config.tf32 and place.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     source = TEACHERS.get(config.teacher, Source(config.teacher))
     time_scale = config.time_scale or source.time_scale
-    net = load_dit(source.path, config.num_heads or None, time_scale, device=device)
+    net = load_dit(source.path, config.num_heads or None, time_scale, device=place.device)
     net.requires_grad_(False)
     latents = Latents(config.latents, net.config) if config.latents else None
-    run = Run(config, net, device)
-    run.restore(rank)
-    if config.compile:
-        net.compile()
-        run.student.compile()
-    teacher = runs.Runner(net, net.config, config.bf16)
-    student = runs.Runner(run.student, run.student.config, config.bf16)
-    if world > 1:
-        devices = [device] if device.type == "cuda" else None
-        student.net = DistributedDataParallel(run.student, devices)
-    return run, student, teacher, latents
+    run = Run(config, net, place.device)
+    run.restore()
+    if place.rank == 0:
+        say_new_schedule(run, before)
+    if config.bf16:
+        net.bfloat16()
+    if run.compile:
+        for block in [*net.blocks, *run.student.blocks]:  # the average stays as it is
+            block.compile()
+    teacher = runs.AutocastModel(net, net.config)
+    student = runs.AutocastModel(run.student, run.student.config, config.bf16)
+    student.net = runs.parallel(run.student, place, config.shard)
+    share = range(*(rank * config.batch // place.world for rank in (place.rank, place.rank + 1)))
+    pin = place.device.type == "cuda"
+    return run, student, teacher, lambda i: draw(config, net.config, latents, i, share, pin)
 
 
-def train(config: Config, rank: int, world: int, device: torch.device) -> Run:
+def train(config: Settings, place: runs.Place) -> Run:
     """The training loop. Every process runs it; rank 0 writes."""
-    run, student, teacher, latents = prepare(config, rank, world, device)
-    log = runs.Log(config.out, run.iteration, config.logger, asdict(config)) if rank == 0 else None
-    pairs = Pairs(config, teacher, device) if rank == 0 and config.picture_every else None
-    if rank == 0:  # all that may be wrong with the settings has shown by now
-        settings = json.dumps(asdict(config), indent=2) + "\n"
-        runs.write_text(runs.join(config.out, "config.json"), settings)
-    weights, recent, bad = list(run.student.parameters()), Recent(device), 0
-    places = range(rank * config.batch // world, (rank + 1) * config.batch // world)
-    draws = draw(config, run.student.config, latents, run.iteration, places)
-    bar = tqdm(total=config.iterations, initial=run.iteration, disable=rank > 0 or None)
-    start = time.monotonic() - run.seconds
-
-    def last() -> bool:
-        return run.iteration == config.iterations or stop.agreed
-
-    def due(every: int) -> bool:
-        return last() or every > 0 and run.iteration % every == 0
-
-    with runs.Stop() as stop, bar:
-        while run.iteration < config.iterations and not stop.agreed:
+    run, student, teacher, draws_of = prepare(config, place)
+    monitor = Monitor(run, teacher)
+    with runs.Stop() as stop, compiled_policies(run.compile), monitor:
+        for draws in runs.ahead(draws_of, range(run.iteration, config.iterations)):
             run.optimizer.zero_grad()
-            loss, by_t = backward(config, student, teacher, draws, world)
-            limit = config.clip if run.iteration >= config.clip_start else math.inf
-            norm = nn.utils.clip_grad_norm_(weights, limit)
-            draws = draw(config, run.student.config, latents, run.iteration + 1, places)
-
-            # The only moment at which a process waits for its device and for the others.
-            asked = torch.full_like(loss, float(stop.requested))
-            loss, norm, asked = runs.total(torch.stack([loss, norm / world, asked])).tolist()
-            stop.agreed = asked > 0
-            if math.isfinite(loss + norm):
-                run.step()
-                recent.add(loss, norm, by_t)
-                bad = 0
-            else:
-                run.skipped, bad = run.skipped + 1, bad + 1
-            run.iteration += 1
-            run.seconds = time.monotonic() - start
-            bar.update()
-            if recent.losses and (due(config.log_every) or due(config.picture_every)):
-                record = recent.record(run, device)
-                if pairs and due(config.picture_every):
-                    record["endpoint_rmse"] = pairs.compare(run.ema, run.iteration)
-                if rank == 0:
-                    log(record)
-                    bar.set_postfix(loss=f"{record['loss']:.4f}")
-                recent = Recent(device)
-            if due(config.save_every) and rank == 0 and (not bad or last()):
+            loss, by_t = backward(config, student, teacher, draws, place.world)
+            norm = run.clip_gradients()
+            loss, norm = stop.agree(loss, norm / place.world)  # the only device sync
+            run.step(finite=math.isfinite(loss + norm))
+            last = stop.agreed or run.iteration == config.iterations
+            monitor.report(run, last, loss, norm, by_t)
+            if due(run.iteration, config.save_every, last) and (last or not run.bad):
                 run.save()
-            if bad == MOST_SKIPPED:
-                run.give_up(bad, rank)
+            run.check_progress()
+            if last:
+                break
+    run.checkpoints.wait()
     return run
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, or continues, the run that the command line describes."""
-    config = parse(argv)
-    with runs.processes(config.device) as (rank, world, device):
-        if config.batch < world:
-            raise ValueError(f"--batch is {config.batch}; {world} processes need at least {world}")
-        run = train(config, rank, world, device)
-    if rank == 0:
+    config = read_settings(argv)
+    with runs.processes(config.device) as place:
+        if config.batch < place.world:
+            needed = f"{place.world} processes need at least {place.world}"
+            raise ValueError(f"--batch is {config.batch}; {needed}")
+        if config.shard and place.world == 1:
+            raise ValueError("--shard splits a network over processes: start several by torchrun")
+        run = train(config, place)
+    if place.rank == 0:
         done = run.iteration == config.iterations
         print(f"iteration {run.iteration} of {config.iterations}, {run.seconds:.0f} s; "
               + (f"the student is {runs.join(config.out, 'student.safetensors')}" if done

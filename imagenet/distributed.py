@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,8 @@ def parallel(net: nn.Module, place: Place, sharded: bool = False) -> nn.Module:
     """The network whose backward pass averages gradients over all processes."""
     if place.world == 1 or sharded:
         return net
-    return DistributedDataParallel(net, [place.device] if place.device.type == "cuda" else None)
+    devices = [place.device] if place.device.type == "cuda" else None
+    return DistributedDataParallel(net, devices, broadcast_buffers=False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,9 +266,10 @@ def read_text(path: str | Path) -> str | None:
         return None
 
 
-def check_same(path: str | Path, settings: dict) -> None:
+def check_same(path: str | Path, settings: dict) -> dict:
     """Compares `settings` with those that an earlier run left in a JSON file, if there is one.
 
+    Returns: the earlier ones, all of them; empty if there is no such file.
     Raises: ValueError that names the first one that differs.
     """
     before = json.loads(read_text(path) or "{}")
@@ -276,6 +279,7 @@ def check_same(path: str | Path, settings: dict) -> None:
                 f"{path} is of a run with {name} = {before[name]!r}, this one has {value!r}; "
                 "choose another output folder, or the same settings to continue"
             )
+    return before
 
 
 # ---------------------------------------------------------------------------------------------
@@ -377,12 +381,17 @@ class Checkpoints:
         then: Callable[[dict], None] = lambda state: None,
     ) -> None:  # fmt: skip
         """Copies the state to the CPU and returns; a thread writes it, then calls then(state)."""
-        self.wait()
-        state = {name: _snapshot(part.state_dict()) for name, part in parts.items()}
-        if rank() == 0:
-            self.pending = self.writer.submit(self._write, iteration, state, numbers, then)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        self.background(state, partial(self._write, iteration, numbers, then))
 
-    def _write(self, iteration: int, state: dict, numbers: dict, then: Callable) -> None:
+    def background(self, state: dict, function: Callable[[dict], None]) -> None:
+        """Calls function(copy of the state on the CPU) in the thread, on rank 0."""
+        self.wait()
+        state = _snapshot(state)
+        if rank() == 0:
+            self.pending = self.writer.submit(function, state)
+
+    def _write(self, iteration: int, numbers: dict, then: Callable, state: dict) -> None:
         stored = {k: _map_tensors(_halve, v) if k in self.half else v for k, v in state.items()}
         with writing(join(self.folder, f"step_{iteration:08d}.pt")) as temporary:
             torch.save(numbers | {"iteration": iteration} | stored, temporary)

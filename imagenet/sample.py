@@ -85,7 +85,7 @@ def run_settings(name: str) -> dict:
     if name in TEACHERS or not (runs.is_remote(name) or Path(name).is_dir()):
         return {}
     settings = json.loads(runs.read_text(runs.join(name, "config.json")) or "{}")
-    if "guidance_low" not in settings:
+    if "guidance_interval" not in settings:
         raise FileNotFoundError(f"{name} is not the folder of a run: it has no config.json of one")
     return settings
 
@@ -379,7 +379,7 @@ def settle(args: argparse.Namespace, net: DiT) -> Settings:
     teacher = args.teacher or run.get("teacher", "tiny" if tiny else "")
     guidance, interval = TEACHERS.get(args.model if is_teacher else teacher, Source(""))[2:]
     if run:
-        guidance, interval = run["guidance"], (run["guidance_low"], run["guidance_high"])
+        guidance, interval = run["guidance"], tuple(run["guidance_interval"])
     trained = args.trained_nfe or run.get("nfe", 1)
     pairs = args.pairs if args.pairs >= 0 else 200 if tiny else 0
     if pairs and not teacher:
@@ -406,7 +406,7 @@ def settle(args: argparse.Namespace, net: DiT) -> Settings:
         trained_nfe=trained,
         guidance=guidance if args.guidance is None else args.guidance,
         interval=tuple(args.interval or interval),
-        substeps=args.substeps or run.get("substeps", 128),
+        substeps=args.substeps or run.get("total_substeps", 128),
         solver=args.solver or run.get("solver", "exact" if head == "dx" else "euler"),
         h=args.h,
         temperature=args.temperature,
