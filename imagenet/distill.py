@@ -196,9 +196,11 @@ class Draws(NamedTuple):
     tau_src: Tensor  #   (n, S) in (0, 1], where each segment starts
     uniforms: Tensor  #  (n, S, M) in [0, 1), query times within each segment
     dropped: Tensor  #   (n, S, K) bool, components that the rollout lacks
+    times: np.ndarray  # (n, S, M) t of the queries, for the host
 
     def part(self, begin: int, end: int, device: torch.device) -> "Draws":
-        return Draws(*(value[begin:end].to(device, non_blocking=True) for value in self))
+        piece = [value[begin:end] for value in self]
+        return Draws(*(value.to(device, non_blocking=True) for value in piece[:-1]), piece[-1])
 
 
 class Latents:
@@ -269,8 +271,17 @@ def draw(
         tau_src = segment_of(1 - tau, config.nfe)[0]
     chance = chance.unflatten(1, (S, K))
     dropped = (chance < config.dropout) & (chance < chance.amax(2, keepdim=True))  # never all
-    draws = Draws(labels, noise, x_0, tau_src, uniforms.unflatten(1, (S, M)), dropped)
-    return Draws(*(value.pin_memory() for value in draws)) if pin else draws
+    uniforms = uniforms.unflatten(1, (S, M))
+    times = query_times(config, tau_src, uniforms)
+    tensors = (labels, noise, x_0, tau_src, uniforms, dropped)
+    return Draws(*(value.pin_memory() if pin else value for value in tensors), times)
+
+
+def query_times(config: Settings, tau_src: Tensor, uniforms: Tensor) -> np.ndarray:
+    """Where pi_id_loss queries the teacher. tau_src (n, S), uniforms (n, S, M) -> t (n, S, M)."""
+    size = 1 / config.nfe
+    window = config.window_substeps * size / max(1, round(size * config.total_substeps))
+    return (tau_src[..., None] - (size - min(window, size)) * uniforms.sort(2).values).numpy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,8 +315,10 @@ def segment_losses(
     """
     size = 1 / config.nfe  # of a segment
     policy_at = dit_student(student, draws.labels, segment_size=size)
-    velocity = guided_teacher(teacher, draws.labels, config.guidance, config.guidance_interval)
     x_src = draws.noise
+    times = draws.times.transpose(1, 2, 0).reshape(-1, len(x_src))  #  in the order of the queries
+    guidance = config.guidance, config.guidance_interval
+    velocity = guided_teacher(teacher, draws.labels, *guidance, times=times)
     if config.latents:
         x_src = torch.lerp(draws.x_0, draws.noise, draws.tau_src[:, :1, None, None])
     for s in range(config.segments):

@@ -146,7 +146,7 @@ def parallel(net: nn.Module, place: Place, sharded: bool = False) -> nn.Module:
     if place.world == 1 or sharded:
         return net
     devices = [place.device] if place.device.type == "cuda" else None
-    return DistributedDataParallel(net, devices, broadcast_buffers=False)
+    return DistributedDataParallel(net, devices)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_draws_depend_on_seed_iteration_and_place_alone():
     config = settings(batch=8, nfe=2)
     whole = distill.draw(config, SMALL, None, 4, range(8))
     parts = [distill.draw(config, SMALL, None, 4, places) for places in (range(3), range(3, 8))]
-    for value, *rest in zip(whole, *parts, strict=True):
+    for value, *rest in zip(whole[:-1], *(part[:-1] for part in parts), strict=True):
         assert torch.equal(value, torch.cat(rest))
     assert whole.noise.shape == (8, 4, 4, 4) and whole.uniforms.shape == (8, 2, 2)
     assert whole.dropped.shape == (8, 2, 3) and whole.dropped.dtype == torch.bool
@@ -232,6 +232,19 @@ def test_draws_depend_on_seed_iteration_and_place_alone():
     other = distill.draw(dataclasses.replace(config, seed=1), SMALL, None, 4, range(8))
     noises = torch.cat([whole.noise, later.noise, other.noise]).flatten(1)
     assert len(torch.unique(noises, dim=0)) == 24
+
+
+def test_no_noise_of_an_evaluation_is_one_of_the_training():
+    """An evaluation draws image i with a generator seeded with --seed + i, or i + 1000."""
+    seeds = [distill.training_seed(seed, n) for seed in (0, 1, 12345) for n in range(3000)]
+    seeds += [distill.training_seed(seed, 139_999 * 4096 + 4095) for seed in range(3000)]
+    assert min(seeds) >= 2**31 and max(seeds) < 2**32
+    assert len({distill.training_seed(0, number) for number in range(2**31 - 5000, 2**31)}) == 5000
+    trained = distill.draw(settings(batch=200), SMALL, None, 0, range(200)).noise
+    shape, evaluated = trained[0].shape, range(2000)
+    evaluated = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in evaluated]
+    both = torch.cat([trained, torch.stack(evaluated)]).flatten(1)
+    assert len(torch.unique(both, dim=0)) == 2200
 
 
 def test_draws_have_the_right_distribution():
@@ -332,18 +345,46 @@ def test_dropout_reaches_the_detached_policy_only():
     assert torch.allclose(policy.detach().velocity(x, t), mixture.means[:, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["gmflow", "dx"])
+@pytest.mark.parametrize("nfe, latents", [(1, ""), (2, ""), (2, "cached")])
+def test_the_host_knows_the_query_times(policy, nfe, latents):
+    """By them it leaves out the unconditional branch outside the guidance interval."""
+    changes = {"policy": "dx", "dropout": 0.0, "window_substeps": 1} if policy == "dx" else {}
+    config = dataclasses.replace(settings(nfe=nfe, **changes), latents=latents)
+    draws, rows, queried = distill.draw(config, SMALL, None, 7, range(5)), [], []
+    if latents:
+        tau_src, _ = distill.segment_of(torch.rand(5, 1), nfe)
+        draws = draws._replace(tau_src=tau_src)
+        draws = draws._replace(times=distill.query_times(config, tau_src, draws.uniforms))
+    run, student, teacher = start(config)
+
+    def count(x, t, labels):
+        rows.append(int((labels == SMALL.num_classes).sum()))
+        return teacher.net(x, t, labels)
+
+    count.config = SMALL
+    for out in distill.segment_losses(config, student, count, draws):
+        queried.append(out.t)
+        inside = (out.t <= config.guidance_interval[1]).sum()
+        assert sum(rows) == inside
+        rows.clear()
+    times = [draws.times[:, s].T.reshape(-1) for s in range(config.segments)]
+    assert np.allclose(np.concatenate(times), torch.cat(queried), atol=1e-6)
+
+
 @needs_fake_cuda
 @pytest.mark.parametrize("policy", ["gmflow", "dx"])
 @pytest.mark.parametrize("nfe", [1, 2])
 def test_loss_on_a_gpu_without_host_reads(policy, nfe):
     changes = {"policy": "dx", "dropout": 0.0, "window_substeps": 1} if policy == "dx" else {}
     config = settings(nfe=nfe, **changes)
-    with FakeTensorMode():
+    draws = distill.draw(config, SMALL, None, 0, range(5))
+    with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             teacher = DiT(SMALL).requires_grad_(False)
             net = DiT(dataclasses.replace(SMALL, head=policy, components=3))
         student = runs.AutocastModel(net, net.config)
-        draws = distill.draw(config, SMALL, None, 0, range(5)).part(0, 3, torch.device("cuda"))
+        draws = draws.part(0, 3, torch.device("cuda"))
         losses = distill.segment_losses(config, student, runs.AutocastModel(teacher, SMALL), draws)
         loss = sum(out.loss for out in losses)
         assert loss.device.type == "cuda" and loss.dtype == torch.float32
@@ -497,6 +538,7 @@ def test_kill_while_a_checkpoint_is_written(tmp_path, teacher_file):
             os.kill(os.getpid(), signal.SIGKILL),
         )
         run.save()
+        run.checkpoints.wait()
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     files = runs.list_files(out / "checkpoints")
     assert len(files) == 2 and files[0].startswith(".tmp-") and files[1] == "step_00000002.pt"
@@ -514,6 +556,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, capsys, damage):
     run, _, _ = start(config)
     for run.iteration in (2, 4):
         run.save()
+    run.checkpoints.wait()
     path = tmp_path / "checkpoints" / "step_00000004.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -527,6 +570,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, capsys, damage):
 def test_any_wrong_bit_of_a_checkpoint_is_found_or_harmless(tmp_path):
     run, _, _ = start(settings(out=tmp_path))
     run.save()
+    run.checkpoints.wait()
     path = tmp_path / "checkpoints" / "step_00000000.pt"
     data, state, damaged = path.read_bytes(), newest(tmp_path), 0
     for place in np.random.default_rng(0).integers(len(data) - 5000, len(data), 100):
@@ -671,7 +715,7 @@ def test_two_processes_equal_one(tmp_path, teacher_file):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
         assert b["loss_by_t"] == pytest.approx(a["loss_by_t"], rel=1e-4, abs=2e-6)
-    assert_same_weights(newest(tmp_path / "one"), newest(tmp_path / "two"), atol=2e-5)
+    assert_same_weights(newest(tmp_path / "one"), newest(tmp_path / "two"), atol=5e-5)
 
 
 def test_the_tiny_preset_runs(tmp_path):
