@@ -7,15 +7,14 @@
 The same as toy_dit_imagenet.py with another teacher: Qwen-Image (20 billion parameters) with
 classifier-free guidance, one prompt, one noise. The defaults are the published ones: K = 32, 5000
 iterations, Adam 5e-3, 2 intermediates, guidance 4, shift 3.2, 1360 x 768, plain loss, 128 Euler
-substeps. The policy, its training, the figures and metrics.json are those of common/static_policy.py.
+substeps. What surrounds the training loop is in common/static_policy.py.
 
 The text encoder (7 billion parameters) is loaded first and freed before the transformer is loaded;
---prompt-cache keeps what it made of the prompt in a file, so that it is needed only once. --tiny
-takes a small random transformer, VAE and text encoder in place of Qwen-Image: it runs the same
-program offline and shows that it works, not what the method can do.
+--prompt-cache keeps the prompt embeddings in a file, so that it is needed only once. --tiny takes a
+small random transformer, VAE and text encoder in place of Qwen-Image: it runs the same program
+offline and shows that it works, not what the method can do.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,15 +24,76 @@ import torch
 from torch import Tensor
 
 import text_to_image.pipelines as dm
-from common.cli import atomic, pick_device, run_cli
+from common.cli import atomic, parse, pick_device, run_cli, setting
+from common.static_policy import Monitor, StaticPolicy, ToySettings, run_toy
 from common.teachers import guided_velocity
-from common.static_policy import ToySettings, add_arguments, run_sweep, run_toy, settings_from
+from piflow_minimal import Teacher, pi_id_loss
+from text_to_image.tiny_models import tiny_pipeline
 
 SHIFT = 3.2
 OFFLOADS = ("none", "group")  # there is only one large component at a time
 QWEN = dm.FAMILIES["qwen"]
-PUBLISHED = ToySettings(iters=5000, teacher_steps=128, solver="euler", time_weight=0.0)
-TINY = dataclasses.replace(PUBLISHED, iters=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(ToySettings):
+    """Those of both toys, with the published values as defaults, and the teacher."""
+
+    out: Path = setting(Path("outputs/toy_qwen"), "folder for figures and metrics")
+    tiny: bool = setting(False, "small random models: checks the code path, offline")
+    prompt: str = setting("a blue jay on a snowy branch, photograph", "prompt of the one picture")
+    negative_prompt: str = setting(" ", "prompt of the unconditional branch")
+    guidance: float = setting(4.0, "classifier-free guidance scale; 1: none", low=0)
+    height: int = setting(768, "multiple of 16; smaller: less memory", low=16)
+    width: int = setting(1360, "multiple of 16", low=16)
+    prompt_cache: Path | None = setting(None, "file of the prompt embeddings, read if it exists")
+    base: str | None = setting(None, "folder or Hub name in place of " + QWEN.repo)
+    quantize: str = setting("none", dm.QUANTIZE_HELP, choices=dm.BYTES_PER_WEIGHT)
+    offload: str = setting("none", dm.offload_help(OFFLOADS), choices=OFFLOADS)
+    one_branch: bool = setting(
+        False, "one guidance branch at a time: half the activation memory, more time"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("height", "width"):
+            if getattr(self, name) % 16:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be a multiple of 16")
+        if self.tiny and (self.base or self.quantize != "none"):
+            raise ValueError("--tiny builds its own model: leave out --base and --quantize")
+        if self.one_branch and self.guidance == 1:
+            raise ValueError("--one-branch has no effect with --guidance 1: leave it out")
+        if not self.prompt.strip():
+            raise ValueError("--prompt is empty")
+
+
+PRESETS = {False: Settings(), True: Settings(tiny=True, height=64, width=64, iterations=100)}
+
+
+def fit(
+    static: StaticPolicy, teacher: Teacher, settings: ToySettings, generator: torch.Generator,
+    monitor: Monitor,
+) -> None:  # fmt: skip
+    """pi-ID: imitation of the teacher on the trajectory of the policy itself (Algorithm 1)."""
+    optimizer = torch.optim.Adam(static.parameters(), lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
+    for i in range(settings.iterations):
+        # Rollout of the detached policy from the noise; the teacher is queried at a few times.
+        out = pi_id_loss(
+            static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
+            total_substeps=settings.total_substeps, num_intermediates=settings.num_intermediates,
+            window_substeps=settings.window_substeps, solver=settings.solver,
+            batch_teacher=settings.batch_teacher, generator=generator,
+        )  # fmt: skip
+        error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #     (M * B,)
+        loss = (error * out.t**settings.time_weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in static.parameters():  # at t < 1e-6 a derivative may overflow
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        optimizer.step()
+        schedule.step()
+        monitor(i, out.loss.detach(), static)
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> list[dm.Conditions]:
@@ -95,123 +155,58 @@ def guided_qwen(
     return teacher
 
 
-def load_teacher(
-    args: argparse.Namespace, settings: ToySettings, device: torch.device
-) -> tuple[Any, list[dm.Conditions]]:
+def load_teacher(settings: Settings, device: torch.device) -> tuple[Any, list[dm.Conditions]]:
     """Text encoder, freed again, then transformer and VAE -> pipeline, encoded prompts."""
-    prompts, cache = (args.prompt, args.negative_prompt), args.prompt_cache
+    prompts, cache = (settings.prompt, settings.negative_prompt), settings.prompt_cache
     cached = load_prompts(cache, prompts) if cache and cache.exists() else None
-    if args.tiny:
-        pipe = dm.tiny_pipeline(QWEN).to(device)
+    if settings.tiny:
+        pipe = tiny_pipeline(QWEN).to(device)
         encoded = cached or encode(pipe, prompts)
     else:
-        dtype, counts = torch.bfloat16, dm.count_parameters(dm.empty_components(QWEN, args.base))
+        base, quantize, dtype = settings.base, settings.quantize, torch.bfloat16
+        counts = dm.count_parameters(dm.empty_components(QWEN, base))
         text = {"text_encoder": counts.pop("text_encoder")}
-        pixels, batch = args.height * args.width, 1 if args.one_branch else 2
+        pixels, batch = settings.height * settings.width, 1 if settings.one_branch else 2
         policy = 12 * 4 * settings.components * 16 * pixels / 64  # its parameters, Adam, rollout
-        memory = args.quantize, args.offload, pixels, batch, device, OFFLOADS
+        memory = settings.quantize, settings.offload, pixels, batch, device, OFFLOADS
         if cached is None:
             print("text encoder:", dm.check_memory(QWEN, text, *memory))
         print("transformer:", dm.check_memory(QWEN, counts, *memory, policy))
         if cached is None:
-            pipe = dm.load_base(QWEN, args.base, dtype, args.quantize, ("transformer", "vae"))
-            dm.place(pipe, device, args.offload)
+            pipe = dm.load_base(QWEN, base, dtype, quantize, ("transformer", "vae"))
+            dm.place(pipe, device, settings.offload)
             encoded = encode(pipe, prompts)
             del pipe
             dm.release_memory()
         else:
             encoded = cached
-        pipe = dm.load_base(QWEN, args.base, dtype, args.quantize, ("text_encoder", "tokenizer"))
-        dm.place(pipe, device, args.offload)
+        pipe = dm.load_base(QWEN, base, dtype, quantize, ("text_encoder", "tokenizer"))
+        dm.place(pipe, device, settings.offload)
     if cache and cached is None:
         save_prompts(cache, prompts, encoded)
     return pipe, [dm.Conditions(part.embeds.to(device)) for part in encoded]
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ToySettings]:
-    """Flags, and the run's settings. Raises: ValueError, one line, for what is not accepted."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument(
-        "--tiny", action="store_true", help="small random models: checks the code path, offline"
-    )
-    tiny = first.parse_known_args(argv)[0].tiny
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        parents=[first],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--prompt", default="a blue jay on a snowy branch, photograph", help="of the one picture")
-    add("--negative-prompt", default=" ", help="of the unconditional branch")
-    add("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1: none")
-    add(
-        "--height",
-        type=int,
-        default=64 if tiny else 768,
-        help="multiple of 16; smaller: less memory",
-    )
-    add("--width", type=int, default=64 if tiny else 1360, help="multiple of 16")
-    add("--prompt-cache", type=Path, help="file for the prompt embeddings, read if it is there")
-    add("--base", help="folder or Hub name in place of " + QWEN.repo)
-    add("--quantize", default="none", choices=dm.BYTES_PER_WEIGHT, help=dm.QUANTIZE_HELP)
-    add("--offload", default="none", choices=OFFLOADS, help=dm.offload_help(OFFLOADS))
-    add("--one-branch", action="store_true",
-        help="one guidance branch at a time: half the activation memory, more time")  # fmt: skip
-    add_arguments(parser, TINY if tiny else PUBLISHED)
-    args = parser.parse_args(argv)
-    args.out = args.out or Path("outputs/toy_qwen")
-    for name in ("height", "width"):
-        side = getattr(args, name)
-        if side < 16 or side % 16:
-            raise ValueError(f"--{name} is {side}; it must be a multiple of 16")
-    if not args.guidance >= 0:
-        raise ValueError(f"--guidance is {args.guidance:g}; it must be at least 0 (1 is none)")
-    if tiny and (args.base or args.quantize != "none"):
-        raise ValueError("--tiny builds its own model: leave out --base and --quantize")
-    if not args.prompt.strip():
-        raise ValueError("--prompt is empty")
-    return args, settings_from(args)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command: fits, then writes figures and metrics.json into a folder."""
-    args, settings = parse_arguments(argv)
-    device = pick_device(args.device)
-    if args.offload != "none" and device.type == "cpu":
-        raise ValueError(f"--offload {args.offload} needs a GPU; on a CPU use none")
+    """The command: fits, then writes metrics and figures into a folder."""
+    settings = parse(Settings, __doc__, argv, PRESETS, by="tiny")
+    device = pick_device(settings.device)
+    if settings.offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {settings.offload} needs a GPU; on a CPU use none")
     dm.import_diffusers()
-    pipe, encoded = load_teacher(args, settings, device)
-    if args.tiny:
+    pipe, encoded = load_teacher(settings, device)
+    if settings.tiny:
         print("--tiny: small random models. This checks the code path; its pictures mean nothing.")
-    teacher = guided_qwen(pipe, encoded, args.guidance, args.one_branch)
-    shape = dm.latent_shape(pipe, args.height, args.width)
+    teacher = guided_qwen(pipe, encoded, settings.guidance, settings.one_branch)
+    shape = dm.latent_shape(pipe, settings.height, settings.width)
     generator = torch.Generator().manual_seed(settings.seed)
     x_src = torch.randn(1, *shape, generator=generator).to(device)
 
     def decode(x: Tensor) -> Tensor:
         return dm.decode(pipe, QWEN, x)
 
-    about = {
-        "teacher": "tiny random model" if args.tiny else args.base or QWEN.repo,
-        "prompt": args.prompt, "guidance": args.guidance, "size": [args.width, args.height],
-        "quantize": args.quantize,
-        "reference": f"{settings.teacher_steps} Heun steps of the teacher",
-    }  # fmt: skip
-    name = "random tiny model" if args.tiny else "Qwen-Image"
-    if args.sweep:
-        title = f"How large must a policy be? {name}"
-        run_sweep(teacher, x_src, decode, settings, args.out, title, SHIFT, extra=about)
-        print(f"wrote {args.out}/sweep.png and sweep.json")
-        return
-    kind = {"gmflow": "K", "dx": "N"}[settings.policy]
-    title = f"{settings.policy} policy, {kind} = {settings.components}: {name}"
-    metrics = run_toy(
-        teacher, x_src, decode, settings, args.out, title, SHIFT, args.every, extra=about
-    )
-    print(
-        f"endpoint PSNR {metrics['endpoint_psnr_db']:.1f} dB, RMSE {metrics['endpoint_rmse']:.4f} "
-        f"in {metrics['seconds']:.0f} s; wrote {args.out}/toy.png"
-    )
+    name = "small random model" if settings.tiny else settings.base or QWEN.repo
+    run_toy(fit, teacher, x_src, decode, settings, name, SHIFT)
 
 
 if __name__ == "__main__":

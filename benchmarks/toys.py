@@ -10,6 +10,7 @@ boot) over iterations. One seed; both beside one Euler step of the teacher. Draw
 """
 
 import argparse
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from benchmarks.timing import print_table
 from common.cli import run_cli
 from common.plots import save_figure
-from common.static_policy import ToySettings, fit_and_compare, follow_teacher, psnr_db
+from common.static_policy import psnr_db, run_fit, teacher_trajectory
 from imagenet import fashion
 from imagenet.checkpoints import load_dit
 from imagenet.dit import guided_teacher
@@ -35,7 +36,9 @@ from toy_2d import (
     teacher_sample,
     train,
 )
+from toy_dit_imagenet import PRESETS, fit
 
+TINY = PRESETS["tiny"]
 BATCH, LR = 512, 2e-3  # the defaults of toy_2d.py
 POINTS = 10_000  # noises that the metrics are taken over
 PLANE = (250, 500, 1000, 2000, 3000, 6000)  # iterations; 3000 is the default
@@ -84,13 +87,13 @@ def static(iterations: tuple[int, ...]) -> list[tuple[str, int, float, float]]:
     net = load_dit(fashion.TEACHER).requires_grad_(False)
     teacher = guided_teacher(net, torch.tensor([9]), 2.5, (0.0, 0.8))
     noise = torch.randn(1, 4, 14, 14, generator=torch.Generator().manual_seed(42))
-    reference = follow_teacher(teacher, noise, ToySettings())
+    reference = teacher_trajectory(teacher, noise, TINY.teacher_steps)
     euler = noise - teacher(noise, torch.ones(1))
     first = psnr_db(fashion.to_images(euler), fashion.to_images(reference[-1]))
     rows = [("one Euler step", 0, 0.0, first)]
     for iters in iterations:
-        settings = ToySettings(iters=iters, lr=2e-2, intermediates=4)
-        metrics, *_ = fit_and_compare(teacher, noise, fashion.to_images, settings, reference)
+        settings = dataclasses.replace(TINY, iterations=iters)
+        metrics = run_fit(fit, teacher, reference, fashion.to_images, settings).metrics
         rows.append(("gmflow, K = 32", iters, metrics["seconds"], metrics["endpoint_psnr_db"]))
     return rows
 

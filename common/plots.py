@@ -144,3 +144,71 @@ def draw_field(axis: "Axes", velocity, t: float, limit: float = 3.0, color: Any 
     u = velocity(x, torch.full((len(x),), t))
     move = -u / u.norm(dim=1, keepdim=True).clamp(min=1e-6)
     axis.quiver(*x.T, *move.T, color=color, scale=26, width=0.004)
+
+
+# ---- The static policy of toy_dit_imagenet.py and toy_qwen.py ------------------------------------
+
+SHOWN = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)  # noise levels
+
+
+@torch.no_grad()
+def static_policy(teacher, run, reference: Tensor, decode, title: str) -> "Figure":
+    """Teacher's and policy's trajectory for one noise, images of both; their distance; the loss.
+
+    Args: teacher: (x, t) -> u; run: a `common.static_policy.Run`; reference: the teacher's states
+        at the times of run.metrics["t"]; decode: latents -> images in [-1, 1].
+    """
+    t, color = run.metrics["t"], COLORS[run.metrics["settings"]["policy"]]
+    columns = [min(range(len(t)), key=lambda i: abs(t[i] - level)) for level in SHOWN]
+    rows = {
+        "teacher\n$x_t$": (reference, None),
+        "policy\n$x_t$": (run.states, None),
+        "teacher\n$x_0$ estimate": (reference, teacher),
+        "policy\n$x_0$ estimate": (run.states, run.policy.velocity),
+    }
+    figure, _ = new_figure(0, 0, (8.6, 8.0))
+    grid = figure.add_gridspec(5, len(columns), height_ratios=[1, 1, 1, 1, 2.0])
+    for i, (label, (states, velocity)) in enumerate(rows.items()):
+        for j, index in enumerate(columns):
+            x, level = states[index], states.new_tensor([t[index]])
+            if velocity and t[index] > 0:
+                x = x - t[index] * velocity(x, level)
+            axis = figure.add_subplot(grid[i, j])
+            show_image(axis, decode(x)[0], f"t = {t[index]:.1f}" if i == 0 else "")
+            if j == 0:
+                axis.set_ylabel(label)
+
+    bottom = grid[4, :].subgridspec(1, 3)
+    error = (decode(run.states[-1]) - decode(reference[-1]))[0].abs().mean(0).cpu().numpy()
+    axis = figure.add_subplot(bottom[0])
+    show_image(axis, decode(run.states[-1])[0], "|difference of the endpoints|")
+    picture = axis.imshow(error, cmap="magma", vmin=0)
+    figure.colorbar(picture, ax=axis, shrink=0.85)
+    axis = figure.add_subplot(bottom[1])
+    axis.plot(t, run.metrics["trajectory_rmse"], color=color)
+    axis.set(title="RMSE, policy to teacher", xlabel="noise level t", xlim=(1, 0), ylim=(0, None))
+    axis = figure.add_subplot(bottom[2])
+    width = min(25, len(run.losses))
+    axis.plot(run.losses.numpy(), color=color, alpha=0.3, linewidth=0.8, label="loss")
+    smooth = run.losses.unfold(0, width, 1).mean(1).numpy()
+    axis.plot(range(width - 1, len(run.losses)), smooth, color=color, label=f"mean of {width}")
+    axis.set(title="pi-ID loss", xlabel="iteration", yscale="log")
+    axis.legend()
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def policy_sizes(runs: Sequence[Mapping], title: str) -> "Figure":
+    """Endpoint PSNR over the size of the policy. runs: rows of `common.static_policy.run_sweep`."""
+    figure, axis = new_figure(size=(7.0, 3.8))
+    labels = {"gmflow": "GMFlow, K components", "dx": "DX, N grid points"}
+    for (policy, label), style in zip(labels.items(), ("o-", "s--"), strict=True):
+        chosen = [run for run in runs if run["policy"] == policy]
+        psnr = [run["endpoint_psnr_db"] for run in chosen]
+        axis.plot([run["size"] for run in chosen], psnr, style, color=COLORS[policy], label=label)
+    axis.set_xscale("log", base=2)
+    sizes = sorted({run["size"] for run in runs})
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.set(title=title, xlabel="size of the policy, K or N", ylabel="endpoint PSNR (dB)")
+    axis.legend()
+    return figure

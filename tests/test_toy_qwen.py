@@ -1,6 +1,6 @@
 """The static toy on Qwen-Image: teacher, prompts and program, on small random models.
 
-The policy, its training and its figures are those of common/static_policy.py, tested in test_toy_dit.py.
+The policy and its evaluation are those of common/static_policy.py, tested in test_toy_dit.py.
 """
 
 import dataclasses
@@ -19,16 +19,26 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import text_to_image.pipelines as dm  # noqa: E402
 import toy_qwen  # noqa: E402
-from toy_qwen import QWEN, encode, guided_qwen, load_prompts, main, parse_arguments  # noqa: E402
+from common.cli import parse  # noqa: E402
+from text_to_image.tiny_models import tiny_pipeline  # noqa: E402
+from toy_qwen import (  # noqa: E402
+    PRESETS,
+    QWEN,
+    Settings,
+    encode,
+    guided_qwen,
+    load_prompts,
+    main,
+)
 
 PROMPTS = ["a blue jay on a branch", " "]
-SHORT = ["--device", "cpu", "--height", "64", "--width", "48", "--iters", "2", "--substeps", "16",
-         "--teacher-steps", "16", "--every", "0"]  # fmt: skip
+SHORT = ["--device", "cpu", "--height", "64", "--width", "48", "--iterations", "2",
+         "--total-substeps", "16", "--teacher-steps", "32"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return dm.tiny_pipeline(QWEN)
+    return tiny_pipeline(QWEN)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +47,14 @@ def encoded(pipe):
 
 
 def test_defaults_are_the_published_settings():
-    args, settings = parse_arguments([])
-    published = {"policy": "gmflow", "components": 32, "iters": 5000, "lr": 5e-3}
-    published |= {"intermediates": 2, "substeps": 128, "seed": 42}
+    settings = parse(Settings, "", [], PRESETS, by="tiny")
+    published = {"policy": "gmflow", "components": 32, "iterations": 5000, "lr": 5e-3, "seed": 42}
+    published |= {"num_intermediates": 2, "total_substeps": 128, "solver": "euler"}
+    published |= {"guidance": 4.0, "width": 1360, "height": 768, "time_weight": 0.0}
     assert published.items() <= dataclasses.asdict(settings).items()
-    assert (args.guidance, args.width, args.height, toy_qwen.SHIFT) == (4.0, 1360, 768, 3.2)
-    assert QWEN.repo == "Qwen/Qwen-Image"
+    assert (toy_qwen.SHIFT, QWEN.repo) == (3.2, "Qwen/Qwen-Image")
+    tiny = parse(Settings, "", ["--tiny", "--width", "32"], PRESETS, by="tiny")
+    assert (tiny.tiny, tiny.height, tiny.width, tiny.iterations) == (True, 64, 32, 100)
 
 
 def test_prompts_of_different_lengths_stack_with_a_mask():
@@ -105,14 +117,15 @@ def test_program_end_to_end(tmp_path, capsys):
     assert "checks the code path" in capsys.readouterr().out
     assert Image.open(tmp_path / "toy.png").size[0] > 800
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["settings"]["shift"] == 3.2 and metrics["size"] == [48, 64]
-    assert len(metrics["trajectory_rmse"]) == 17 and metrics["trajectory_rmse"][0] == 0
+    settings = metrics["settings"]
+    assert (settings["shift"], settings["width"], settings["height"]) == (3.2, 48, 64)
+    assert len(metrics["trajectory_rmse"]) == 33 and metrics["trajectory_rmse"][0] == 0
     assert math.isfinite(metrics["endpoint_psnr_db"])
 
 
 def test_text_encoder_is_needed_once_and_gone_before_the_transformer(tmp_path, monkeypatch, capsys):
     """The program on a base in a folder; the cache gives the same numbers without text encoder."""
-    dm.tiny_pipeline(QWEN).save_pretrained(tmp_path / "base")
+    tiny_pipeline(QWEN).save_pretrained(tmp_path / "base")
     loads, load_base = [], dm.load_base
 
     def watched(family, base, dtype, quantize, without):
@@ -142,9 +155,8 @@ def test_estimate_before_loading(tmp_path, monkeypatch):
     monkeypatch.setattr(dm, "count_parameters", lambda modules: dict(counts))
     monkeypatch.setattr(dm, "load_base", lambda *args: pytest.fail("loads the base"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
-    args, settings = parse_arguments(["--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="not enough GPU memory.*--quantize nf4") as error:
-        toy_qwen.load_teacher(args, settings, torch.device("cuda"))
+        toy_qwen.load_teacher(Settings(), torch.device("cuda"))
     assert "--offload model" not in str(error.value)  # not an option of this program
 
 
@@ -158,6 +170,7 @@ def test_estimate_before_loading(tmp_path, monkeypatch):
         (["--prompt", " "], "--prompt is empty"),
         (["--components", "0"], "--components is 0"),
         (["--policy", "gaussian"], "--policy is 'gaussian'"),
+        (["--one-branch", "--guidance", "1"], "--one-branch has no effect with --guidance 1"),
         (["--offload", "group"], "needs a GPU"),
         (["--quantize", "int8"], "leave out --base and --quantize"),
         (["--device", "tpu"], "tpu"),
@@ -174,7 +187,7 @@ def test_bad_arguments(arguments, message, tmp_path):
 def test_tiny_run_comes_close_to_its_teacher(tmp_path):
     """The default tiny run: the policy ends nearer to the teacher than one that is not trained."""
     main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "long")])
-    main(["--tiny", "--device", "cpu", "--iters", "1", "--out", str(tmp_path / "short")])
+    main(["--tiny", "--device", "cpu", "--iterations", "1", "--out", str(tmp_path / "short")])
     ends = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("long", "short")]
     assert ends[0]["endpoint_rmse"] < 0.8 * ends[1]["endpoint_rmse"]
 
