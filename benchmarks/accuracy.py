@@ -21,7 +21,7 @@ from imagenet import fashion
 from imagenet.checkpoints import load_dit
 from imagenet.dit import dit_student
 from piflow_minimal import DXPolicy, Policy, rollout
-from toy_2d import make_density, train
+from toy_2d import Settings, make_density, train
 
 STUDENT = fashion.ASSETS / "tiny_student.safetensors"
 SUBSTEPS = (4, 8, 16, 32, 64, 128, 256)
@@ -30,7 +30,8 @@ LIMIT = 4096  # substeps that stand for infinitely many
 
 def policy_of_toy(kind: str, iters: int) -> Policy:
     """A student of the checkerboard, asked at 2000 noises."""
-    student = train(make_density("checkerboard"), kind, iters=iters).student
+    settings = Settings(policy=kind, iterations=iters, device="cpu")
+    student = train(make_density("checkerboard"), settings)
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
     return student(noise, torch.ones(2000))
 

@@ -19,38 +19,29 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import print_table
-from common.cli import run_cli
+from common.cli import one_thread, run_cli
 from common.plots import save_figure
 from common.static_policy import psnr_db, run_fit, teacher_trajectory
+from common.teachers import endpoint_rmse, integrate_teacher
 from imagenet import fashion
 from imagenet.checkpoints import load_dit
 from imagenet.dit import guided_teacher
-from toy_2d import (
-    Board,
-    Student,
-    endpoint_rmse,
-    energy_distance,
-    make_density,
-    one_thread,
-    student_sample,
-    teacher_sample,
-    train,
-)
+from toy_2d import Settings, Student, energy_distance, make_density, student_sample, train
 from toy_dit_imagenet import PRESETS, fit
 
 TINY = PRESETS["tiny"]
-BATCH, LR = 512, 2e-3  # the defaults of toy_2d.py
+BATCH, LR = Settings.batch, Settings.lr
 POINTS = 10_000  # noises that the metrics are taken over
-PLANE = (250, 500, 1000, 2000, 3000, 6000)  # iterations; 3000 is the default
+PLANE = (250, 500, 1000, 2000, 4000)  # iterations
 STATIC = (150, 300, 600, 1200, 2400)  # 1200 is the default
 
 
-def regress(density: Board, iters: int) -> tuple[Student, float]:
-    """Plain regression of the end of the teacher's walk. -> the network, seconds."""
+def regress(density, iters: int) -> tuple[Student, float]:
+    """Plain regression of the teacher's endpoint. -> the network, seconds."""
     torch.manual_seed(0)
     start = time.perf_counter()
     noise = torch.randn(max(1, 2 * BATCH * iters // 64), 2)  # two evaluations per sample, as pi-ID
-    end = teacher_sample(density, noise, 64)
+    end = integrate_teacher(density.velocity, noise, 64)
     student = Student("dx", 1)  # a constant x0_hat: the network's output is the end point
     adam = torch.optim.Adam(student.parameters(), lr=LR, betas=(0.9, 0.99))
     for i in range(iters):
@@ -67,18 +58,21 @@ def plane(iterations: tuple[int, ...]) -> list[tuple[str, int, float, float, flo
     """(method, iterations, seconds, endpoint RMSE, energy distance) on the checkerboard."""
     density, generator = make_density("checkerboard"), torch.Generator().manual_seed(1)
     noise, data = torch.randn(POINTS, 2, generator=generator), density.sample(POINTS, generator)
-    target = teacher_sample(density, noise)
+    target = integrate_teacher(density.velocity, noise, 64, solver="heun")
 
     def row(method: str, iters: int, seconds: float, x_0: Tensor) -> tuple:
         return method, iters, seconds, endpoint_rmse(x_0, target), energy_distance(x_0, data)
 
-    rows = [row("one Euler step", 0, 0.0, teacher_sample(density, noise, 1))]
+    rows = [row("one Euler step", 0, 0.0, integrate_teacher(density.velocity, noise, 1))]
     for iters in iterations:
         for method in ("gmflow", "dx"):
-            found = train(density, method, iters=iters)
-            rows.append(row(method, iters, found.seconds, student_sample(found.student, noise)))
+            start = time.perf_counter()
+            student = train(density, Settings(policy=method, iterations=iters, device="cpu"))
+            seconds = time.perf_counter() - start
+            rows.append(row(method, iters, seconds, student_sample(student, noise)))
         student, seconds = regress(density, iters)
-        rows.append(row("regression", iters, seconds, student_sample(student, noise)))
+        x_0 = student_sample(student, noise, solver="euler", total_substeps=1)
+        rows.append(row("regression", iters, seconds, x_0))
     return sorted(rows, key=lambda row: (row[0], row[1]))
 
 
@@ -106,7 +100,7 @@ def draw(path: Path, of_plane: list, of_static: list) -> None:
     for method, color in (("gmflow", "#0072b2"), ("dx", "#d55e00"), ("regression", "0.45")):
         rows = [row for row in of_plane if row[0] == method]
         left.loglog([r[2] for r in rows], [r[3] for r in rows], ".-", color=color, label=method)
-        at = [row for row in rows if row[1] == 3000 and method != "regression"]
+        at = [row for row in rows if row[1] == Settings.iterations and method != "regression"]
         left.scatter([r[2] for r in at], [r[3] for r in at], 70, "none", edgecolors=color)
     left.set(xlabel="seconds of training", ylabel="endpoint RMSE", title="toy_2d.py, checkerboard")
     left.legend(frameon=False)

@@ -246,6 +246,20 @@ def compiled_policies(enabled: bool = True) -> Iterator[None]:
             kind.velocity = velocity
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block PyTorch uses one CPU thread.
+
+    On small tensors a second thread gains a fifth, and much less than nothing on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def keep_freed_memory() -> None:
     """On Linux with glibc: freed memory stays with the process, for the next tensor of that size.
 

@@ -115,14 +115,18 @@ def save_image_grid(images: Tensor, path: str | Path, columns: int, padding: int
         save_image(grid, temporary)
 
 
-# ---- Notebooks -----------------------------------------------------------------------------------
+# ---- The plane -----------------------------------------------------------------------------------
+
+# Corners of the color map over noise: left to right from blue to orange, bottom to top from dark
+# to light. Two directions that every kind of color vision tells apart.
+CORNERS = (((0.00, 0.18, 0.45), (0.45, 0.76, 0.98)), ((0.55, 0.16, 0.02), (1.00, 0.74, 0.22)))
 
 
-def notebook_style() -> None:
-    """STYLE for every figure of the notebook that calls it, at a size that can be projected."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE | {"figure.dpi": 110, "figure.constrained_layout.use": True})
+def colors_of(noise: Tensor) -> np.ndarray:
+    """A color for every starting noise, which shows pairs. (N, 2) -> (N, 3) in [0, 1]."""
+    u, v = torch.special.ndtr(noise.float().cpu()).unbind(1)  # uniform on [0, 1]^2
+    shares = torch.stack([1 - u, u], 1)[:, :, None] * torch.stack([1 - v, v], 1)[:, None]
+    return torch.einsum("nij,ijc->nc", shares, torch.tensor(CORNERS)).numpy()
 
 
 def plane(axis: "Axes", title: str = "", limit: float = 3.0) -> None:
@@ -132,6 +136,32 @@ def plane(axis: "Axes", title: str = "", limit: float = 3.0) -> None:
     axis.set(xlabel="$x$", ylabel="$y$", title=title)
     axis.grid(False)
     axis.label_outer()
+
+
+def draw_points(axis: "Axes", x: Tensor, colors: Any, title: str = "", size: float = 1.2) -> None:
+    """Points of the plane, (N, 2)."""
+    axis.scatter(*x.cpu().T, s=size, c=colors, linewidths=0, rasterized=True)
+    plane(axis, title)
+
+
+def draw_paths(axis: "Axes", states: Sequence[Tensor], colors: Any, title: str = "") -> None:
+    """Trajectories from noise (open) to data (full). states: (n, 2) at every time."""
+    paths = torch.stack([state.cpu() for state in states], 1)  #                  (n, steps, 2)
+    for path, color in zip(paths, colors, strict=True):
+        axis.plot(*path.T, color=color, linewidth=1.2)
+    axis.scatter(*paths[:, 0].T, s=14, facecolors="white", edgecolors=colors, zorder=3)
+    axis.scatter(*paths[:, -1].T, s=14, c=colors, zorder=3)
+    plane(axis, title)
+
+
+# ---- Notebooks -----------------------------------------------------------------------------------
+
+
+def notebook_style() -> None:
+    """STYLE for every figure of the notebook that calls it, at a size that can be projected."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE | {"figure.dpi": 110, "figure.constrained_layout.use": True})
 
 
 def draw_field(axis: "Axes", velocity, t: float, limit: float = 3.0, color: Any = GREY) -> None:

@@ -41,3 +41,13 @@ def test_an_image_grid_has_the_pixels_of_its_images(tmp_path):
 def test_images_become_bytes_by_rounding():
     images = torch.tensor([-7.0, -1, 0.0039, 0, 1, 7])
     assert plots.to_uint8(images).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_colors_follow_the_noise_smoothly():
+    noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    colors = plots.colors_of(noise)
+    assert colors.shape == (500, 3) and colors.min() >= 0 and colors.max() <= 1
+    assert np.abs(plots.colors_of(noise + 1e-3) - colors).max() < 1e-2
+    corners = plots.colors_of(torch.tensor([[-9.0, -9], [-9, 9], [9, -9], [9, 9]]))
+    distances = np.abs(corners[:, None] - corners[None]).sum(-1) + 9 * np.eye(4)
+    assert distances.min() > 0.5
