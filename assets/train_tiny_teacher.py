@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import atomic, pick_device, run_cli
-from imagenet import fashion
+from imagenet import fashion, metrics
 from imagenet.checkpoints import save_dit
 from imagenet.dit import PRESETS, DiT, guided_teacher
 
@@ -78,7 +78,7 @@ def train_features(
     test_values, predicted = fashion.extract(net, test[0])
     accuracy = (predicted == test[1]).float().mean()
     statistics = {"mean": values.mean(dim=0), "covariance": values.T.cov(), "accuracy": accuracy}
-    floor = fashion.gaussian_distance(
+    floor = metrics.gaussian_distance(
         test_values.mean(dim=0), test_values.T.cov(), statistics["mean"], statistics["covariance"]
     )
     print(f"feature network: test accuracy {accuracy:.4f}, Frechet distance train-test {floor:.2f}")
@@ -226,8 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{len(samples)} samples, guidance {GUIDANCE} on t <= {INTERVAL[1]}, {STEPS} Euler steps:"
     )
-    print(f"  Frechet distance {fashion.frechet_distance(samples, judge):.2f}")
-    print(f"  recognised {fashion.recognition_rate(samples, labels, judge):.3f}")
+    print(f"  Frechet distance {metrics.frechet_distance(samples, judge):.2f}")
+    print(f"  recognised {metrics.recognition_rate(samples, labels, judge):.3f}")
 
 
 if __name__ == "__main__":

@@ -167,9 +167,10 @@ def load_dit(
     return net.float().to(device).eval()
 
 
-def weights_hash(net: DiT) -> str:
-    """Identifies a network by content: 16 hex digits of its config and weights, not of a file."""
-    digest = hashlib.blake2b(repr(net.config).encode(), digest_size=8)
+def weights_hash(net: nn.Module) -> str:
+    """Identifies a network by content: 16 hex digits of its weights (and a DiT's config)."""
+    config = repr(net.config) if isinstance(net, DiT) else ""
+    digest = hashlib.blake2b(config.encode(), digest_size=8)
     for key, value in net.state_dict().items():
         digest.update(key.encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())

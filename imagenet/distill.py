@@ -31,7 +31,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 import imagenet.distributed as runs
 from common.cli import check_interval, compiled, compiled_policies, parse, run_cli, setting
+from imagenet.cache_latents import open_shards
 from imagenet.checkpoints import (
     TEACHERS,
     Source,
@@ -210,24 +210,8 @@ class Latents:
     """
 
     def __init__(self, folder: str, net: DiTConfig):
-        shards = sorted(Path(folder).glob("latents_*.npy"))
-        if not shards:
-            raise ValueError(f"--latents {folder}: no latents_*.npy in it")
-        self.moments = [np.load(shard, mmap_mode="r") for shard in shards]  #   (n, 2, C, H, W) each
-        names = [shard.name.replace("latents", "labels") for shard in shards]
-        self.labels = np.concatenate([np.load(Path(folder) / name) for name in names])
+        self.moments, self.labels = open_shards(folder, net)  #         (n, 2, C, H, W) each, (N,)
         self.ends = np.cumsum([len(shard) for shard in self.moments])
-        if len(self.labels) != self.ends[-1]:
-            counts = f"{self.ends[-1]} latents, {len(self.labels)} labels"
-            raise ValueError(f"--latents {folder}: {counts}")
-        expected = (2, net.channels, net.latent_size, net.latent_size)
-        for shard, moments in zip(shards, self.moments, strict=True):
-            if moments.shape[1:] != expected:
-                found = f"--latents: {shard} has images of {moments.shape[1:]}"
-                raise ValueError(f"{found}; this teacher needs {expected}")
-        if self.labels.max() >= net.num_classes:
-            known = f"the teacher knows 0 .. {net.num_classes - 1}"
-            raise ValueError(f"--latents {folder} has the label {self.labels.max()}; {known}")
 
     def draw(self, item: int, generator: torch.Generator) -> tuple[Tensor, int]:
         """A sample (C, H, W) of the VAE's posterior for one image, and its label."""

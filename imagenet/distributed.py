@@ -1,4 +1,4 @@
-"""What training and sampling share: processes, files, checkpoints of a run, logs, pictures.
+"""What training and sampling share: processes, files, checkpoints of a run, logs.
 
 Paths may be local or, through fsspec, remote (`s3://bucket/run`). A reader of a file that is
 written here sees the old one or the whole new one, also after a power cut. Only rank 0 reads and
@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -597,53 +596,3 @@ class Stop:
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
-
-Runner = AutocastModel  # until sample.py uses the new name
-
-
-@torch.no_grad()
-def follow_teacher(teacher: Callable, noise: Tensor, steps: int) -> Tensor:
-    """Euler steps of a teacher (x, t) -> u from t = 1 to t = 0. noise (B, C, H, W) -> x_0."""
-    x = noise
-    for i in range(steps):
-        t = torch.full((len(x),), 1 - i / steps, device=x.device)
-        x = x - teacher(x, t) / steps
-    return x
-
-
-def save_grid(pixels: Tensor, path: str | Path, columns: int) -> None:
-    """uint8 (B, H, W, 1 or 3) -> one PNG, row by row; an unfinished last row is left out."""
-    from PIL import Image
-
-    columns = min(columns, len(pixels))
-    rows = len(pixels) // columns
-    grid = pixels[: rows * columns].unflatten(0, (rows, columns))
-    grid = grid.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  #       (rows H, columns W, C)
-    with writing(path) as temporary:
-        Image.fromarray(grid.squeeze(2).numpy()).save(temporary, "png")
-
-
-def draw_rows(path: str | Path, rows: dict[str, Tensor | np.ndarray], title: str) -> None:
-    """A row of images (uint8, (B, H, W, C)) for every label."""
-    import matplotlib.pyplot as plt
-
-    count = len(next(iter(rows.values())))
-    figure, axes = plt.subplots(
-        len(rows), count, figsize=(8.5, 1 + 0.85 * len(rows)), squeeze=False
-    )
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, images, strict=True):
-            axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
-            axis.axis("off")
-        line[0].set_title(label, fontsize=9, loc="left")
-    figure.suptitle(title, fontsize=10)
-    top = 1 - 0.55 / figure.get_figheight()  # half an inch for the title
-    figure.subplots_adjust(0.01, 0.02, 0.99, top, wspace=0.05, hspace=0.35)
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)

@@ -32,6 +32,7 @@ FREQUENCIES = 256  # width of the sinusoidal embedding of t
 MAX_PERIOD = 10000.0
 INITIAL_STD = 0.05  # of a new gmflow head, and of the noise that separates its components
 VAE = "stabilityai/sd-vae-ft-ema"
+LATENT_SCALE = 0.18215  # of its latents
 PIXELS = "pixel-shuffle"  # latents are images, 2 x 2 pixels in four channels
 
 

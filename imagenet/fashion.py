@@ -1,9 +1,9 @@
-"""Fashion-MNIST as a stand-in for ImageNet latents, and numbers that judge samples of it.
+"""Fashion-MNIST as a stand-in for ImageNet latents, and a feature network that judges samples.
 
 An image (1, 28, 28) in [-1, 1] becomes a "latent" (4, 14, 14) by space-to-depth: the channel count
 and the patch size of the ImageNet networks, with nothing to decode. `load_features` returns the
-small classifier that ships in `assets/` with the training set's feature statistics, so a Frechet
-distance and a recognition rate need no data set.
+small classifier that ships in `assets/` with the training set's feature statistics, so the
+Frechet distance and the recognition rate of metrics.py need no data set.
 """
 
 from pathlib import Path
@@ -86,29 +86,3 @@ def extract(net: FeatureNet, images: Tensor, batch: int = 1000) -> tuple[Tensor,
     """Images (B, 1, 28, 28) -> features (B, 64) and predicted classes (B,)."""
     features = torch.cat([net.body(part.clamp(-1, 1)) for part in images.split(batch)])
     return features, net.classify(features).argmax(dim=1)
-
-
-def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Frechet distance of two Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): float64."""
-    mean1, cov1, mean2, cov2 = (value.cpu().double() for value in (mean1, cov1, mean2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
-
-
-def frechet_distance(images: Tensor, features: Features | None = None) -> float:
-    """64-feature Frechet distance between images (B, 1, 28, 28) and the training set; B >> 64.
-
-    Not an FID: another feature network, another scale. Compare it only with itself.
-    """
-    features = features or load_features(device=images.device)
-    values, _ = extract(features.net, images)
-    return gaussian_distance(values.mean(dim=0), values.T.cov(), features.mean, features.covariance)
-
-
-def recognition_rate(images: Tensor, labels: Tensor, features: Features | None = None) -> float:
-    """The fraction of images (B, 1, 28, 28) whose predicted class is labels (B,)."""
-    features = features or load_features(device=images.device)
-    _, predicted = extract(features.net, images)
-    return (predicted == labels).float().mean().item()

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import imagenet.distributed as runs
+from common.plots import image_rows
 from common.teachers import endpoint_rmse, integrate_teacher
 from imagenet.checkpoints import load_decoder, to_pixels
 from imagenet.dit import DiT, dit_student, guided_teacher
@@ -74,7 +75,9 @@ class PairedEval:
         rows = {f"teacher, {self.config.teacher_steps} steps": self.images}
         rows[f"student, nfe {self.config.nfe}"] = to_pixels(self.decode(x_0))
         path = runs.join(self.config.out, "pictures", f"step_{iteration:08d}.png")
-        runs.draw_rows(path, rows, f"the same noise, iteration {iteration}")
+        figure = image_rows(rows, f"the same noise, iteration {iteration}")
+        with runs.writing(path) as temporary:
+            figure.savefig(temporary, format="png")
         return endpoint_rmse(x_0, self.target)
 
 

@@ -1,33 +1,37 @@
-"""Samples a DiT student or teacher, and measures it: FID, IS, precision, recall, endpoint error.
+"""Samples a DiT student or teacher, and measures it: FID, IS, precision, recall, endpoint RMSE.
 
     python -m imagenet.sample outputs/tiny                # a run of imagenet.distill
+    python -m imagenet.sample outputs/tiny --iteration 4000        # a checkpoint that the run kept
     python -m imagenet.sample tiny --nfe 8                # the teacher, 8 Euler steps
-    torchrun --nproc-per-node 8 -m imagenet.sample MODEL --count 50000 --npz \\
+    torchrun --nproc-per-node 8 -m imagenet.sample MODEL --count 50000 --labels published --npz \\
         --reference VIRTUAL_imagenet256_labeled.npz           # FID of 50,000 images
 
 MODEL is the folder of a run, a checkpoint file, owner/repository/path on the Hugging Face Hub
 (Lakonik/pi-Flow-ImageNet/STUDENT/diffusion_pytorch_model.safetensors), or a teacher: tiny, repa,
-fm. Image i depends on --seed + i alone (its noise) and on i (its class, in turn), whatever --batch
-and the number of processes. Finished batches are kept: run the same command again to go on.
+fm. Image i depends on --seed + i alone, whatever --batch and the number of processes:
 
-Metrics. The tiny model is judged by the feature network in assets/: a Frechet distance, and how
-many images are recognised. For ImageNet this reads --reference, the .npz of the ADM evaluation
-suite or a folder of images, and needs torch-fidelity: its Inception network carries the original
-TensorFlow weights and resizes as TensorFlow did, so that its FID is the one that papers report; the
-FID of torchmetrics is built upon it. Precision and recall are those of ADM: Inception features, the
-3 nearest neighbours. --npz writes the images as the ADM suite itself reads them.
+    --labels balanced     class i modulo the number of classes, noise from the seed i
+    --labels published    class randint(0, 1000) from the seed i, noise from the seed i + 1000: the
+                          public evaluation, 29 to 80 images per class in 50,000
 
-In --out: samples.png, metrics.json, with --npz samples.npz (uint8 NHWC in arr_0), and parts/.
+Finished batches are kept: run the same command again to go on. They are not used if the weights,
+or another setting that decides the images, have changed. On CUDA an ImageNet network runs in
+bfloat16 and its VAE in float16, as in the public evaluation. Metrics: imagenet/metrics.py.
+
+In --out: samples.png, metrics.json, with --npz samples.npz (uint8 NHWC in arr_0, as the ADM
+evaluation suite reads it), and parts/.
 """
 
-import argparse
 import dataclasses
+import hashlib
 import json
 import math
+import re
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,58 +40,213 @@ from torch import Tensor
 from tqdm import tqdm
 
 import imagenet.distributed as runs
-from common.cli import compiled_policies, run_cli, write_json
-from imagenet import checkpoints, fashion
-from imagenet.checkpoints import TEACHERS, Source, load_dit, to_pixels
+from common.cli import (
+    DEVICE_HELP,
+    check_interval,
+    compiled_policies,
+    parse,
+    run_cli,
+    setting,
+    write_json,
+)
+from common.plots import image_rows, save_figure, save_image_grid
+from common.teachers import integrate_teacher
+from imagenet import checkpoints, fashion, metrics
+from imagenet.checkpoints import TEACHERS, Source, load_dit, to_pixels, weights_hash
 from imagenet.dit import PIXELS, DiT, dit_student, guided_teacher
 from piflow_minimal import sample
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PUBLISHED_OFFSET = 1000  # of the noise seed to the label seed in the public evaluation
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is sampled, and how. `resolve_settings` fills in what is left open."""
+
+    model: str = setting(
+        dataclasses.MISSING, "run, file, owner/repository/path on the Hub, or tiny, repa, fm",
+        positional=True,
+    )  # fmt: skip
+    out: str = setting("", "folder for the results; default: by model and nfe, in outputs/samples")
+    count: int = setting(1000, "images", low=1)
+    nfe: int = setting(0, "steps; 0: as trained, 64 for a teacher", low=0)
+    iteration: int = setting(0, "checkpoint of a run; 0: its newest student", low=0)
+    labels: str = setting("balanced", "classes and seeds", choices=("balanced", "published"))
+    classes: tuple[int, ...] = setting((), "classes, in turn; default: all of them")
+    seed: int = setting(0, "seed of image 0; image i has --seed + i", low=0)
+
+    guidance: float | None = setting(None, "guidance of a teacher; default: the run's", low=0)
+    guidance_interval: tuple[float, float] | None = setting(
+        None, "noise levels with guidance; default: the run's", metavar=("LOW", "HIGH")
+    )
+    pairs: int = setting(-1, "images to compare with a teacher; -1: 200 for tiny, else 0", low=-1)
+    teacher: str = setting("", "teacher of the pairs; default: the run's, or tiny for a tiny model")
+    teacher_steps: int = setting(64, "Euler steps of the teacher of the pairs", low=1)
+
+    total_substeps: int = setting(0, "substeps per unit of tau; 0: as trained, or 128", low=0)
+    solver: str | None = setting(
+        None, "default: as trained, or exact (dx), euler", choices=("euler", "deis", "exact")
+    )
+    h: float = setting(0.0, "noise between a student's steps; inf: full", low=0, high=math.inf)
+    temperature: float = setting(1.0, "of a gmflow student, before the last step", above=0)
+    trained_nfe: int = setting(0, "segments of a dx student whose folder does not state it", low=0)
+    num_heads: int = setting(0, "fallback if the file does not state it; 0: 16", low=0)
+    time_scale: float = setting(0.0, "fallback if the file does not state it; 0: 1", low=0)
+    head: str | None = setting(
+        None, "reading of a head with twice the rows", choices=("velocity", "dx")
+    )
+    flip_time: bool = setting(False, "the network was trained with t = 1 as data (SiT)")
+    decoder: str = setting("", "VAE (Hub name or folder); default: as the file states")
+
+    batch: int = setting(100, "images at once, and of one part", low=1)
+    dtype: str = setting(
+        "auto", "weights of the network; auto: bfloat16 on CUDA for ImageNet",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+    vae_dtype: str = setting(
+        "auto", "weights of the VAE; auto: float16 on CUDA", choices=("auto", "float32", "float16")
+    )
+    compile: bool = setting(False, "torch.compile a student's policy")
+    device: str = setting("auto", DEVICE_HELP)
+    npz: bool = setting(False, "write samples.npz for the ADM evaluation suite")
+    reference: str = setting("", "ImageNet: ADM's .npz of statistics, or a folder of images")
+    inception: str = setting("", "weights of the Inception network; default: downloaded")
+
+
+# What does not decide an image: a continued run may have other values.
+RESUMABLE = {"out", "count", "device", "compile", "npz", "reference", "inception"}
+
+
+def parse_settings(argv: list[str] | None) -> Settings:
+    """The flags. Raises: ValueError or OSError, one line, for a value that no run could use."""
+    settings = parse(Settings, __doc__, argv)
+    if settings.guidance_interval:
+        check_interval("--guidance-interval", settings.guidance_interval)
+    if runs.is_remote(settings.out):
+        raise ValueError(f"--out is {settings.out}; it must be a local folder")
+    if settings.classes and settings.labels == "published":
+        raise ValueError("--labels published draws from all classes; leave out --classes")
+    for name in ("reference", "inception"):
+        path = getattr(settings, name)
+        if path and not Path(path).exists():
+            raise FileNotFoundError(f"--{name} {path}: no such file or folder")
+    if settings.reference:
+        if settings.count <= metrics.NEIGHBOURS:
+            raise ValueError(f"--count is {settings.count}; --reference needs at least 4 images")
+        metrics.check_reference(settings.reference)
+    return settings
+
+
+def run_settings(model: str) -> dict:
+    """config.json of a run of imagenet.distill; empty if `model` is something else."""
+    if model in TEACHERS or not (runs.is_remote(model) or Path(model).is_dir()):
+        return {}
+    settings = json.loads(runs.read_text(runs.join(model, "config.json")) or "{}")
+    if "guidance_interval" not in settings:
+        raise FileNotFoundError(f"{model} is not the folder of a run: it has no config.json of one")
+    return settings
+
+
+def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Settings:
+    """Fills in what the command line leaves open, from the model and the run it comes from.
+
+    A policy is rolled out as it was in training. A file of weights does not state that: it gets the
+    published protocol, Euler with 128 substeps, or for dx its closed form.
+
+    Raises: ValueError for a setting that does not go with the model.
+    """
+    run = run_settings(settings.model)
+    tiny, head = net.config.decoder == PIXELS, net.config.head
+    is_teacher = head == "velocity"
+    teacher = settings.teacher or run.get("teacher", "tiny" if tiny else "")
+    source = TEACHERS.get(settings.model if is_teacher else teacher, Source(""))
+    guidance = run.get("guidance", source.guidance)
+    interval = tuple(run.get("guidance_interval", source.guidance_interval))
+    trained = settings.trained_nfe or run.get("nfe", 1)
+    pairs = settings.pairs if settings.pairs >= 0 else 200 if tiny else 0
+    if pairs and not teacher:
+        raise ValueError(f"--pairs is {pairs}; it needs --teacher")
+    if settings.iteration and not run:
+        raise ValueError(f"--iteration is {settings.iteration}; {settings.model} is not a run")
+    wrong = [label for label in settings.classes if not 0 <= label < net.config.num_classes]
+    if wrong:
+        raise ValueError(f"--classes has {wrong[0]}; use 0 .. {net.config.num_classes - 1}")
+    for name, given, heads in (
+        ("h", settings.h > 0, ("gmflow", "dx")),
+        ("temperature", settings.temperature != 1, ("gmflow",)),
+        ("solver", settings.solver == "exact", ("dx",)),
+        ("solver", settings.solver is not None, ("gmflow", "dx")),
+        ("compile", settings.compile, ("gmflow", "dx")),
+    ):
+        if given and head not in heads:
+            value = getattr(settings, name)
+            what = "a teacher" if is_teacher else f"a {head} student"
+            raise ValueError(f"--{name} is {value}; it is of {' and '.join(heads)} students, "
+                             f"{settings.model} is {what}")  # fmt: skip
+    if settings.reference and tiny:
+        raise ValueError("--reference is for ImageNet; the tiny model has its own in assets/")
+    half = device.type == "cuda" and not tiny
+    dtype, vae_dtype = ("bfloat16", "float16") if half else ("float32", "float32")
+    return replace(
+        settings,
+        nfe=settings.nfe or (64 if is_teacher else trained),
+        trained_nfe=trained,
+        guidance=guidance if settings.guidance is None else settings.guidance,
+        guidance_interval=tuple(settings.guidance_interval or interval),
+        total_substeps=settings.total_substeps or run.get("total_substeps", 128),
+        solver=settings.solver or run.get("solver", "exact" if head == "dx" else "euler"),
+        teacher=teacher,
+        pairs=pairs,
+        decoder=net.config.decoder,
+        dtype=dtype if settings.dtype == "auto" else settings.dtype,
+        vae_dtype=vae_dtype if settings.vae_dtype == "auto" else settings.vae_dtype,
+    )
+
+
+def default_folder(settings: Settings, head: str) -> Path:
+    """outputs/samples/NAME; NAME has the model's whole path, because many share a file name."""
+    name = re.sub(r"\W+", "-", re.sub(r"\.\w+$", "", settings.model)).strip("-")[-150:]
+    at = f"-at{settings.iteration}" if settings.iteration else ""
+    return Path("outputs/samples") / f"{name}{at}-{head}-nfe{settings.nfe}"
+
 
 # ---------------------------------------------------------------------------------------------
 # What is sampled
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides the images; kept in --out, so that a continued run is the same run."""
+def open_model(name: str, settings: Settings, device: torch.device) -> DiT:
+    """A run's student (local or remote), a file, a Hub path, or a teacher by its short name.
 
-    model: str
-    nfe: int
-    trained_nfe: int
-    guidance: float
-    interval: tuple[float, float]
-    substeps: int
-    solver: str
-    h: float
-    temperature: float
-    bf16: bool
-    seed: int
-    classes: tuple[int, ...]  # empty: all, in turn
-    batch: int  # images of a part
-    teacher: str
-    teacher_steps: int
-    pairs: int
-
-
-def open_model(name: str, num_heads: int, time_scale: float, device) -> DiT:
-    """A run's student (local or remote), a file, a Hub path, or a teacher by its short name."""
-    path, own_scale, *_ = TEACHERS.get(name, Source(name))
+    The name is settings.model, or that of the teacher of the pairs, which states all about itself.
+    Raises: FileNotFoundError if a run has no checkpoint of settings.iteration.
+    """
+    path, time_scale, *_ = TEACHERS.get(name, Source(name))
+    own = {"num_heads": settings.num_heads or None, "device": device}
+    iteration = 0
+    if name == settings.model:
+        own |= {"head": settings.head, "flip_time": settings.flip_time}
+        time_scale, iteration = settings.time_scale or time_scale, settings.iteration
     if run_settings(name):
         path = runs.join(name, "student.safetensors")
     with runs.reading(path) as local:
         source = local if runs.is_remote(path) else path
-        net = load_dit(source, num_heads or None, time_scale or own_scale or None, device=device)
+        net = load_dit(source, time_scale=time_scale, **own)
+    if iteration:
+        file = f"step_{iteration:08d}.pt"
+        if file not in (kept := runs.list_files(runs.join(name, "checkpoints"), "step_")):
+            known = ", ".join(str(int(one[5:13])) for one in kept) or "none"
+            raise FileNotFoundError(f"--iteration is {iteration}; {name} has kept {known}")
+        state = runs.read_checkpoint(runs.join(name, "checkpoints", file))
+        net.load_state_dict(state["ema"])
+    if settings.decoder and name == settings.model:
+        net.config = replace(net.config, decoder=settings.decoder)
     return net.requires_grad_(False)
-
-
-def run_settings(name: str) -> dict:
-    """config.json of a run of imagenet.distill; empty if `name` is something else."""
-    if name in TEACHERS or not (runs.is_remote(name) or Path(name).is_dir()):
-        return {}
-    settings = json.loads(runs.read_text(runs.join(name, "config.json")) or "{}")
-    if "guidance_interval" not in settings:
-        raise FileNotFoundError(f"{name} is not the folder of a run: it has no config.json of one")
-    return settings
 
 
 Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
@@ -99,33 +258,44 @@ def sampler(net: DiT, settings: Settings) -> Sampler:
     A guided step of a teacher counts as one, though it is two evaluations of its network. Students
     with h > 0 add noise, of the image's own generator: they sample one image after the other.
     """
-    runner = runs.Runner(net, net.config, settings.bf16)
     options = {"h": settings.h, "temperature": settings.temperature}
-    options |= {"total_substeps": settings.substeps, "solver": settings.solver}
+    options |= {"total_substeps": settings.total_substeps, "solver": settings.solver}
 
-    def teach(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
-        teacher = guided_teacher(runner, labels, settings.guidance, settings.interval)
-        return runs.follow_teacher(teacher, noise, settings.nfe)
+    def sample_teacher(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
+        times = torch.linspace(1, 0, settings.nfe + 1, dtype=torch.float64)[:-1]
+        guidance = settings.guidance, settings.guidance_interval
+        teacher = guided_teacher(net, labels, *guidance, times=times)
+        return integrate_teacher(teacher, noise, settings.nfe)
 
-    def study(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
+    def sample_student(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
         if settings.h and len(noise) > 1:
             rows = zip(noise.split(1), labels.split(1), generators, strict=True)
-            return torch.cat([study(*row[:2], [row[2]]) for row in rows])
-        student = dit_student(runner, labels, 1 / settings.trained_nfe)
+            return torch.cat([sample_student(*row[:2], [row[2]]) for row in rows])
+        student = dit_student(net, labels, 1 / settings.trained_nfe)
         return sample(student, noise, settings.nfe, generator=generators[0], **options)
 
-    return teach if net.config.head == "velocity" else study
+    return sample_teacher if net.config.head == "velocity" else sample_student
 
 
-def noise_of(seed: int, numbers: range, net: DiT) -> tuple[Tensor, list[torch.Generator]]:
+def noise_of(
+    settings: Settings, numbers: range, net: DiT
+) -> tuple[Tensor, list[torch.Generator]]:  # fmt: skip
     """Noise (n, C, H, W) of the images with these numbers, each from its own generator; CPU."""
     shape = (net.config.channels, net.config.latent_size, net.config.latent_size)
-    generators = [torch.Generator().manual_seed((seed + i) % 2**32) for i in numbers]
+    first = settings.seed + PUBLISHED_OFFSET * (settings.labels == "published")
+    generators = [torch.Generator().manual_seed((first + i) % 2**31) for i in numbers]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
 def labels_of(settings: Settings, numbers: range, net: DiT) -> Tensor:
-    """Classes of the images with these numbers: the given ones, or all, in turn."""
+    """Classes of the images with these numbers: drawn as published, or the given ones in turn."""
+    if settings.labels == "published":
+        seeds = [(settings.seed + i) % 2**31 for i in numbers]
+        drawn = [
+            torch.randint(net.config.num_classes, (), generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        return torch.stack(drawn)
     classes = torch.tensor(settings.classes or range(net.config.num_classes))
     return classes[torch.tensor(numbers) % len(classes)]
 
@@ -135,346 +305,167 @@ def labels_of(settings: Settings, numbers: range, net: DiT) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Parts:
+    """parts/ of a folder: files of settings.batch images, and the content that they belong to."""
+
+    folder: Path
+    count: int
+    batch: int
+    made_from: str  # a hash of the weights and of all settings that decide an image
+
+    def numbers(self) -> list[range]:
+        """The images of each part."""
+        starts = range(0, self.count, self.batch)
+        return [range(i, min(i + self.batch, self.count)) for i in starts]
+
+    def file(self, start: int) -> Path:
+        """Where the part that begins with image `start` is kept."""
+        return self.folder / f"part_{start:08d}.npz"
+
+    def is_whole(self, numbers: range) -> bool:
+        """Whether this part is there, can be read, has all its images, and belongs here."""
+        try:
+            with np.load(self.file(numbers.start)) as part:
+                content = {name: part[name] for name in part.files}
+            same = str(content.get("made_from")) == self.made_from
+            return same and len(content["images"]) == len(numbers)
+        except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+            return False
+
+
 def sample_parts(
-    settings: Settings, count: int, net: DiT, teacher: DiT | None, folder: Path, place: tuple
+    settings: Settings, net: DiT, teacher: DiT | None, decode: Callable, parts: Parts,
+    place: runs.Place,
 ) -> None:  # fmt: skip
-    """Writes parts/ that are not there yet; `place` is (rank, number of processes, device)."""
+    """Writes the parts of this process that are not there yet.
+
+    Raises: ValueError if images or latents are not finite.
+    """
     rank, world, device = place
-    decode = checkpoints.load_decoder(net.config, device)
-    follow, follow_teacher = sampler(net, settings), None
+    to_data, to_target = sampler(net, settings), None
     if teacher:
-        steps = dataclasses.replace(settings, nfe=settings.teacher_steps)
-        follow_teacher = sampler(teacher, steps)
-    parts = [range(i, min(i + settings.batch, count)) for i in range(0, count, settings.batch)]
-    missing = [numbers for numbers in parts[rank::world] if not is_whole(folder, numbers)]
+        to_target = sampler(teacher, replace(settings, nfe=settings.teacher_steps))
+    missing = [part for part in parts.numbers()[rank::world] if not parts.is_whole(part)]
     for numbers in tqdm(missing, disable=None if rank == 0 else True):
-        noise, generators = noise_of(settings.seed, numbers, net)
+        noise, generators = noise_of(settings, numbers, net)
         noise, labels = noise.to(device), labels_of(settings, numbers, net).to(device)
         began = time.perf_counter()
-        x_0 = follow(noise, labels, generators)
-        pixels = to_pixels(decode(x_0))  # on the CPU: the device is done
-        part = {"images": pixels.numpy(), "seconds": time.perf_counter() - began}
+        x_0 = to_data(noise, labels, generators)
+        pixels = decoded(decode, x_0, f"images {numbers.start} to {numbers[-1]}")
+        part = {"images": pixels, "seconds": time.perf_counter() - began}
+        part["made_from"] = np.array(parts.made_from)
         paired = max(0, min(settings.pairs - numbers.start, len(noise)))
-        if follow_teacher and paired:
-            target = follow_teacher(noise[:paired], labels[:paired], generators)
-            part["teacher"] = to_pixels(decode(target)).numpy()
+        if to_target and paired:
+            target = to_target(noise[:paired], labels[:paired], generators)
+            part["teacher"] = decoded(decode, target, "the teacher's images")
             error = (x_0[:paired] - target).square().flatten(1).mean(1)
             part["error"] = error.cpu().numpy()
-        with runs.writing(part_file(folder, numbers.start)) as path, path.open("wb") as file:
+        with runs.writing(parts.file(numbers.start)) as path, path.open("wb") as file:
             np.savez(file, **part)
 
 
-def part_file(folder: Path, start: int) -> Path:
-    """Where the part that begins with image `start` is kept."""
-    return folder / f"part_{start:08d}.npz"
+def decoded(decode: Callable, x_0: Tensor, what: str) -> np.ndarray:
+    """Latents -> uint8 (B, H, W, C). Raises: ValueError for latents that are not finite."""
+    if not x_0.isfinite().all():
+        raise ValueError(f"{what} are not finite; damaged weights, or another --dtype is needed")
+    return to_pixels(decode(x_0)).numpy()
 
 
-def is_whole(folder: Path, numbers: range) -> bool:
-    """Whether the part with these images is there, can be read, and has all of them."""
-    try:
-        with np.load(part_file(folder, numbers.start)) as part:
-            return len([part[name] for name in part.files]) and len(part["images"]) == len(numbers)
-    except (FileNotFoundError, EOFError, ValueError, zipfile.BadZipFile):
-        return False
-
-
-def gather(folder: Path, count: int, batch: int, target: Path) -> tuple[np.ndarray, dict]:
+def gather(parts: Parts, target: Path) -> tuple[np.ndarray, dict]:
     """All images, memory-mapped at `target`, and what else is known of them."""
     images, errors, teacher, seconds = None, [], [], []
-    for start in range(0, count, batch):
-        with np.load(part_file(folder, start)) as part:
+    for numbers in parts.numbers():
+        with np.load(parts.file(numbers.start)) as part:
             pixels = part["images"]
             if images is None:
-                shape = (count, *pixels.shape[1:])
+                shape = (parts.count, *pixels.shape[1:])
                 images = np.lib.format.open_memmap(target, "w+", np.uint8, shape)
-            images[start : start + len(pixels)] = pixels
+            images[numbers.start : numbers.stop] = pixels
             seconds.append(float(part["seconds"]) / len(pixels))
             if "error" in part:
                 errors.append(part["error"])
                 teacher.append(part["teacher"])
     known = {"seconds_per_image": float(np.median(seconds))}
-    if errors:
+    if errors:  # over all entries: every image has as many
         known["endpoint_rmse"] = float(np.sqrt(np.concatenate(errors).mean()))
         known["teacher_images"] = np.concatenate(teacher)
     return images, known
 
 
 # ---------------------------------------------------------------------------------------------
-# Metrics
+# Results
 # ---------------------------------------------------------------------------------------------
-
-
-def tiny_metrics(images: np.ndarray, labels: Tensor) -> dict:
-    """Of images uint8 (n, 28, 28, 1), n > 64."""
-    features = fashion.load_features()
-    values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 127.5 - 1
-    return {
-        "frechet_distance": fashion.frechet_distance(values, features),
-        "recognition_rate": fashion.recognition_rate(values, labels, features),
-    }
-
-
-def load_inception(weights: str, device: torch.device) -> Callable[[Tensor], tuple]:
-    """uint8 images (B, 3, H, W) -> (features (B, 2048), logits (B, 1008))."""
-    try:
-        from torch_fidelity import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ImportError("--reference needs: pip install torch-fidelity") from error
-    if weights:
-        try:
-            torch.load(weights, weights_only=True)
-        except Exception as error:  # whatever the unpickler stumbles over
-            raise ValueError(f"--inception {weights} is no file of tensors") from error
-    names = ["2048", "logits_unbiased"]
-    return FeatureExtractorInceptionV3("inception", names, weights or None).to(device)
-
-
-@torch.no_grad()
-def inception_features(net: Callable, images: np.ndarray, device, batch: int = 64):
-    """uint8 (n, H, W, 3) -> features (n, 2048), logits (n, 1008), on the CPU."""
-    parts = []
-    for start in tqdm(range(0, len(images), batch), desc="Inception", disable=None):
-        pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + batch]))
-        parts.append([value.cpu() for value in net(pixels.permute(0, 3, 1, 2).to(device))])
-    return (torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def reference_images(folder: str) -> list[Path]:
-    """The image files below a folder, in a fixed order."""
-    kinds = {".png", ".jpg", ".jpeg", ".JPEG", ".webp"}
-    return sorted(file for file in Path(folder).rglob("*") if file.suffix in kinds)
-
-
-def check_reference(path: str) -> None:
-    """Raises: ValueError if it is neither a folder of images nor an .npz of images or statistics.
-
-    Before anything is sampled; the images themselves are not read.
-    """
-    if Path(path).is_dir():
-        if not reference_images(path):
-            raise ValueError(f"--reference {path} is a folder without images")
-        return
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = {name.removesuffix(".npy") for name in file.namelist()}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"--reference {path} is no readable .npz") from error
-    if "arr_0" not in names and not {"mu", "sigma"} <= names:
-        raise ValueError(f"--reference {path} has neither images (arr_0) nor mu and sigma")
-
-
-def read_reference(path: str) -> tuple[np.ndarray | None, dict]:
-    """Images and, where the file has them, mean `mu` and covariance `sigma` of their features."""
-    if Path(path).is_dir():
-        from PIL import Image
-
-        files = reference_images(path)
-        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]), {}
-    with np.load(path) as file:  # allow_pickle stays off
-        images = file["arr_0"] if "arr_0" in file else None
-        return images, {key: file[key].astype(np.float64) for key in ("mu", "sigma") if key in file}
-
-
-def imagenet_metrics(net: Callable, images: np.ndarray, reference: str, device) -> dict:
-    """FID and Inception Score; precision and recall if the reference has images.
-
-    net: of `load_inception`.
-    """
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    real_images, known = read_reference(reference)
-    features, logits = inception_features(net, images, device)
-    real = None if real_images is None else next(inception_features(net, real_images, device))
-    if len(known) < 2:
-        known = {"mu": real.double().mean(0), "sigma": real.double().T.cov()}
-    mean, covariance = (torch.as_tensor(known[key]) for key in ("mu", "sigma"))
-    ours = features.double()
-    metrics = {
-        "fid": fashion.gaussian_distance(ours.mean(0), ours.T.cov(), mean, covariance),
-        "inception_score": isc_features_to_metric(logits)["inception_score_mean"],
-    }
-    if real is not None:
-        options = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": True}
-        found = prc_features_to_metric(features, real, verbose=False, **options)
-        metrics |= {key: found[key] for key in ("precision", "recall")}
-    return metrics
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags. Raises: ValueError or OSError, one line, for a value that no run could use."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s MODEL [--SETTING VALUE ...]",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("model", help="folder of a run, file, owner/repository/path on the Hub; tiny, repa, fm")
-    add("--out", help="folder for the results; default: in outputs/samples, by model and nfe")
-    add("--count", type=int, default=1000, help="images")
-    add("--nfe", type=int, default=0, help="steps; 0: as trained, 64 for a teacher")
-    add("--seed", type=int, default=0, help="image i is drawn with the seed --seed + i")
-    add("--classes", type=int, nargs="+", default=[], help="in turn; default: all of them")
-    add("--guidance", type=float, help="of a teacher; default: what the run or teacher has")
-    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="where guidance acts")
-    add("--pairs", type=int, default=-1, help="images to compare with a teacher; -1: 200 for tiny")
-    add("--teacher", default="", help="of the pairs; default: the run's, or tiny for a tiny model")
-    add("--teacher-steps", type=int, default=64, help="Euler steps of the teacher of the pairs")
-    add("--substeps", type=int, default=0, help="per unit of tau; 0: as trained, or 128")
-    add("--solver", default="", help="euler, deis, exact; default: as trained, or exact, euler")
-    add("--h", type=float, default=0.0, help="noise between a student's steps: 0 none, inf full")
-    add("--temperature", type=float, default=1.0, help="of a gmflow student, before the last step")
-    add("--compile", action="store_true", help="torch.compile a student's policy")
-    add("--trained-nfe", type=int, default=0, help="of a dx student whose folder does not say")
-    add("--num-heads", type=int, default=0, help="of a file that does not say; 0: 16")
-    add("--time-scale", type=float, default=0.0, help="of a file that does not say; 0: 1")
-    add("--batch", type=int, default=100, help="images at once, and of one part")
-    add("--bf16", action="store_true", help="bfloat16 autocast around the network")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--npz", action="store_true", help="write samples.npz for the ADM evaluation suite")
-    add("--reference", default="", help="ImageNet: ADM's .npz statistics, or a folder of images")
-    add("--inception", default="", help="its weights, if they are not to be downloaded")
-    args = parser.parse_args(argv)
-    least = dict.fromkeys(("count", "batch", "teacher_steps"), 1)
-    others = ("substeps", "nfe", "trained_nfe", "num_heads", "time_scale", "h", "guidance")
-    least |= dict.fromkeys(others, 0)
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {value}; it must be at least {low}")
-    if not 0 < args.temperature < math.inf:
-        raise ValueError(f"--temperature is {args.temperature}; it must be positive and finite")
-    if runs.is_remote(args.out or ""):
-        raise ValueError(f"--out is {args.out}; it must be a local folder")
-    low, high = args.interval or (0, 1)
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"--interval is {low:g} {high:g}; it must be 0 <= LOW <= HIGH <= 1")
-    if args.solver not in ("", "euler", "deis", "exact"):
-        raise ValueError(f"--solver is {args.solver!r}; choose euler, deis or exact")
-    for name in ("reference", "inception"):
-        if getattr(args, name) and not Path(getattr(args, name)).exists():
-            raise FileNotFoundError(f"--{name} {getattr(args, name)}: no such file or folder")
-    if args.reference:
-        check_reference(args.reference)
-    return args
-
-
-def settle(args: argparse.Namespace, net: DiT) -> Settings:
-    """Fills in what the command line leaves open, from the model and the run it comes from.
-
-    A policy is followed as it was in training. A file of weights does not say: it gets the
-    published protocol, Euler with 128 substeps, or for dx its closed form.
-
-    Raises: ValueError for a setting that does not go with the model.
-    """
-    run = run_settings(args.model)
-    tiny, head = net.config.decoder == PIXELS, net.config.head
-    is_teacher = head == "velocity"
-    teacher = args.teacher or run.get("teacher", "tiny" if tiny else "")
-    guidance, interval = TEACHERS.get(args.model if is_teacher else teacher, Source(""))[2:]
-    if run:
-        guidance, interval = run["guidance"], tuple(run["guidance_interval"])
-    trained = args.trained_nfe or run.get("nfe", 1)
-    pairs = args.pairs if args.pairs >= 0 else 200 if tiny else 0
-    if pairs and not teacher:
-        raise ValueError(f"--pairs is {pairs}; it needs --teacher")
-    wrong = [label for label in args.classes if not 0 <= label < net.config.num_classes]
-    if wrong:
-        raise ValueError(f"--classes has {wrong[0]}; use 0 .. {net.config.num_classes - 1}")
-    for name, given, heads in (
-        ("h", args.h > 0, ("gmflow", "dx")),
-        ("temperature", args.temperature != 1, ("gmflow",)),
-        ("solver", args.solver == "exact", ("dx",)),
-        ("solver", args.solver != "", ("gmflow", "dx")),
-        ("compile", args.compile, ("gmflow", "dx")),
-    ):
-        if given and head not in heads:
-            value, what = getattr(args, name), "a teacher" if is_teacher else f"a {head} student"
-            raise ValueError(f"--{name} is {value}; it is of {' and '.join(heads)} students, "
-                             f"{args.model} is {what}")  # fmt: skip
-    if args.reference and tiny:
-        raise ValueError("--reference is for ImageNet; the tiny model has its own in assets/")
-    return Settings(
-        model=args.model,
-        nfe=args.nfe or (64 if is_teacher else trained),
-        trained_nfe=trained,
-        guidance=guidance if args.guidance is None else args.guidance,
-        interval=tuple(args.interval or interval),
-        substeps=args.substeps or run.get("total_substeps", 128),
-        solver=args.solver or run.get("solver", "exact" if head == "dx" else "euler"),
-        h=args.h,
-        temperature=args.temperature,
-        bf16=args.bf16,
-        seed=args.seed,
-        classes=tuple(args.classes),
-        batch=args.batch,
-        teacher=teacher,
-        teacher_steps=args.teacher_steps,
-        pairs=min(pairs, args.count),
-    )
 
 
 def report(
-    args: argparse.Namespace, settings: Settings, net: DiT, inception, out: Path, device
-) -> dict:
-    """Gathers the parts; writes pictures, samples.npz and metrics.json; prints the table."""
+    settings: Settings, net: DiT, inception: Callable | None,
+    reference: metrics.Reference | None, parts: Parts, out: Path, device: torch.device,
+) -> dict:  # fmt: skip
+    """Gathers the parts; writes metrics.json, samples.npz and pictures; prints the table."""
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        target = Path(scratch) / "images.npy"
-        images, known = gather(out / "parts", args.count, settings.batch, target)
+        images, known = gather(parts, Path(scratch) / "images.npy")
         teacher_images = known.pop("teacher_images", None)
-        runs.save_grid(torch.from_numpy(images[:100].copy()), out / "samples.png", 10)
+        labels = labels_of(settings, range(settings.count), net)
+        found = {"model": settings.model, "nfe": settings.nfe, "count": settings.count}
+        found |= {"labels": settings.labels} | known
+        if settings.npz:
+            with runs.writing(out / "samples.npz") as temporary, temporary.open("wb") as file:
+                np.savez(file, arr_0=images, arr_1=labels.numpy())
+        if net.config.decoder == PIXELS and settings.count > fashion.FEATURE_WIDTH:
+            found |= metrics.tiny_metrics(images, labels)
+        elif inception:
+            found |= metrics.imagenet_metrics(inception, images, reference, device)
+        for name, value in found.items():
+            if isinstance(value, float) and not np.isfinite(value):
+                raise ValueError(f"{name} is {value}; the images are kept in {out}/parts")
+        write_json(out / "metrics.json", found | {"settings": dataclasses.asdict(settings)})
+        first = torch.from_numpy(images[:100].copy()).permute(0, 3, 1, 2)
+        save_image_grid(first, out / "samples.png", columns=min(10, len(first)), padding=0)
         if teacher_images is not None:
             shown = min(10, len(teacher_images))
             rows = {f"teacher, {settings.teacher_steps} steps": teacher_images[:shown]}
-            rows[f"{Path(args.model).name}, nfe {settings.nfe}"] = images[:shown]
-            runs.draw_rows(out / "pairs.png", rows, "the same noise")
-        labels = labels_of(settings, range(args.count), net)
-        metrics = {"model": args.model, "nfe": settings.nfe, "count": args.count} | known
-        if net.config.decoder == PIXELS:
-            if args.count > fashion.FEATURE_WIDTH:
-                metrics |= tiny_metrics(images, labels)
-        elif inception:
-            metrics |= imagenet_metrics(inception, images, args.reference, device)
-        if args.npz:
-            with runs.writing(out / "samples.npz") as temporary, temporary.open("wb") as file:
-                np.savez(file, arr_0=images, arr_1=labels.numpy())
+            rows[f"{Path(settings.model).name}, nfe {settings.nfe}"] = images[:shown]
+            save_figure(image_rows(rows, "the same noise"), out / "pairs.png")
         del images  # the memory map, before its file
-    write_json(out / "metrics.json", metrics | {"settings": dataclasses.asdict(settings)})
-    for name, value in metrics.items():
+    for name, value in found.items():
         print(f"{name:20s} {value:.4f}" if isinstance(value, float) else f"{name:20s} {value}")
-    return metrics
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
     """Samples and measures; see the top of the file."""
-    args = parse(argv)
-    with runs.processes(args.device) as place:
+    settings = parse_settings(argv)
+    with runs.processes(settings.device) as place:
         rank, _, device = place
-        net = open_model(args.model, args.num_heads, args.time_scale, device)
-        settings = settle(args, net)
-        name = f"{Path(args.model.rstrip('/')).stem}-{net.config.head}-nfe{settings.nfe}"
-        out = Path(args.out or Path("outputs/samples") / name)
-        teacher = inception = None
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as in the public evaluation
+        net = open_model(settings.model, settings, device)
+        settings = resolve_settings(settings, net, device)
+        out = Path(settings.out or default_folder(settings, net.config.head))
+        decode = checkpoints.load_decoder(net.config, device, DTYPES[settings.vae_dtype])
+        decisive = {k: v for k, v in dataclasses.asdict(settings).items() if k not in RESUMABLE}
+        decisive["weights"] = weights_hash(net)
+        teacher = inception = reference = None
         if settings.pairs:
-            teacher = open_model(settings.teacher, args.num_heads, 0.0, device)
-        runs.check_same(out / "settings.json", dataclasses.asdict(settings))
+            teacher = open_model(settings.teacher, settings, device).to(DTYPES[settings.dtype])
+            decisive["teacher_weights"] = weights_hash(teacher)
+        net.to(DTYPES[settings.dtype])
+        runs.check_same(out / "settings.json", decisive)
+        made_from = hashlib.blake2b(json.dumps(decisive).encode(), digest_size=8).hexdigest()
+        parts = Parts(out / "parts", settings.count, settings.batch, made_from)
         if rank == 0:
-            if args.reference:
-                inception = load_inception(args.inception, device)
-            write_json(out / "settings.json", dataclasses.asdict(settings))
-            runs.remove_leftovers(out / "parts")
+            if settings.reference:
+                inception = metrics.load_inception(settings.inception, device)
+                reference = metrics.load_reference(inception, settings.reference, device)
+            write_json(out / "settings.json", decisive)
+            runs.remove_leftovers(parts.folder)
         runs.from_first(None)  # only then may others write
-        with compiled_policies(args.compile):
-            sample_parts(settings, args.count, net, teacher, out / "parts", place)
+        with compiled_policies(settings.compile):
+            sample_parts(settings, net, teacher, decode, parts, place)
         runs.total(torch.zeros(1, device=device)).item()  # all parts are there
     if rank == 0:
-        report(args, settings, net, inception, out, device)
+        report(settings, net, inception, reference, parts, out, device)
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def test_blocks_that_were_compiled_and_checkpointed_one_by_one(tmp_path):
         twice = state | {f"module.{key}": value for key, value in state.items()}
         load_dit(saved(tmp_path, twice), num_heads=2)
     both = {f"{name}.{k}": v for name in ("student", "teacher") for k, v in state.items()}
-    with pytest.raises(ValueError, match="several networks, with the prefixes 'student.', 'teacher"):
+    with pytest.raises(ValueError, match="several networks, with the prefixes 'student.'"):
         load_dit(saved(tmp_path, both), num_heads=2)
 
 

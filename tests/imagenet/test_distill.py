@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +18,10 @@ from fake_cuda import needs_fake_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 from two_processes import ONE_THREAD, run_two
 
-import imagenet.cache_latents as cache_imagenet_latents
 import imagenet.distributed as runs
 import imagenet.sample as sample_dit_imagenet
-from imagenet import checkpoints, distill, fashion
+from common.teachers import integrate_teacher
+from imagenet import distill, fashion, metrics
 from imagenet.checkpoints import TEACHERS, load_dit, save_dit
 from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample
@@ -403,6 +402,7 @@ def test_two_evaluations_learn(tmp_path, teacher_file, data):
         moments = generator.normal(size=(12, 2, 4, 4, 4)).astype(np.float16)
         np.save(tmp_path / "latents_00000.npy", np.abs(moments) * 0.5)
         np.save(tmp_path / "labels_00000.npy", np.arange(12) % 10)
+        (tmp_path / "settings.json").write_text(json.dumps({"vae": PIXELS, "scale": 1.0}))
         changes["latents"] = tmp_path
     out = tmp_path / "run"
     distill.main(flags(teacher_file, out, guidance=1.0, dropout=0.0, **changes))
@@ -416,7 +416,7 @@ def test_two_evaluations_learn(tmp_path, teacher_file, data):
     assert (config["nfe"], config["guidance"], config["iterations"]) == (2, 1.0, 60)
     labels, noise = torch.arange(10), torch.randn(10, 4, 4, 4)
     student = distill.dit_student(net, labels)
-    target = runs.follow_teacher(guided_teacher(small_teacher(), labels), noise, 64)
+    target = integrate_teacher(guided_teacher(small_teacher(), labels), noise, 64)
     untrained = distill.dit_student(start(settings(nfe=2))[0].student, labels)
     errors = [(sample(s, noise, 2) - target).square().mean() for s in (student, untrained)]
     assert errors[0] < errors[1]
@@ -697,7 +697,7 @@ def test_run_in_an_s3_bucket(teacher_file, tmp_path, bucket, monkeypatch, capsys
 
     images = []
     for name, model in (("a", remote), ("b", str(local))):
-        options = ["--count", "4", "--substeps", "4", "--device", "cpu", "--npz"]
+        options = ["--count", "4", "--total-substeps", "4", "--device", "cpu", "--npz"]
         sample_dit_imagenet.main([model, "--out", str(tmp_path / name), *options])
         images.append(np.load(tmp_path / name / "samples.npz")["arr_0"])
     assert images[0].std() > 10 and np.array_equal(*images)
@@ -738,7 +738,7 @@ def test_the_shipped_student_follows_the_shipped_teacher():
     noise = torch.randn(20, 4, 14, 14, generator=torch.Generator().manual_seed(5))
     labels, tiny = torch.arange(20) % 10, distill.PRESETS["tiny"]
     velocity = guided_teacher(teacher, labels, tiny.guidance, tiny.guidance_interval)
-    few, many = (runs.follow_teacher(velocity, noise, steps) for steps in (1, 32))
+    few, many = (integrate_teacher(velocity, noise, steps) for steps in (1, 32))
     with torch.no_grad():
         x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=16, solver="deis")
     errors = [(x - many).square().mean().sqrt().item() for x in (few, x_0)]
@@ -756,80 +756,5 @@ def test_tiny_student_leaves_one_euler_step_behind(tmp_path, preset, limit):
     with torch.no_grad():
         x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=64, solver="deis")
     images = fashion.to_images(x_0).clamp(-1, 1)
-    assert fashion.frechet_distance(images) < limit
-    assert fashion.recognition_rate(images, labels) > 0.8
-
-
-# -- cached latents --------------------------------------------------------------------------------
-
-
-class StandInVAE(torch.nn.Module):
-    """ "Encodes" by picking every eighth pixel: position survives, so that flips can be seen."""
-
-    config = SimpleNamespace(scaling_factor=0.18215)
-
-    def encode(self, images):
-        mean = images[:, [0, 1, 2, 0], ::8, ::8]
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=mean.abs() + 0.5))
-
-
-def test_cached_latents_come_back(tmp_path, monkeypatch):
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for i in range(5):
-        folder = tmp_path / "images" / f"n{i % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
-    monkeypatch.setattr(checkpoints, "load_vae", lambda device: StandInVAE())
-    out = tmp_path / "latents"
-    command = [str(tmp_path / "images"), str(out), "--size", "16", "--shard", "2", "--batch", "1"]
-    cache_imagenet_latents.main([*command, "--device", "cpu"])
-    assert len(runs.list_files(out, "latents_")) == 3
-
-    net = dataclasses.replace(SMALL, latent_size=2)
-    latents = distill.Latents(str(out), net)
-    assert latents.labels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 1, 1]
-    shards, found = ([(0, 0), (0, 2)], [(0, 4), (1, 1)], [(1, 3)]), []  # (class, image)
-    for shard in shards:
-        names = [tmp_path / "images" / f"n{label}" / f"{i}.png" for label, i in shard]
-        plain = [np.asarray(Image.open(name)) for name in names]
-        found += [*plain, *(image[:, ::-1] for image in plain)]
-    for item, pixels in enumerate(found):
-        mean = torch.tensor(pixels[::8, ::8] / 127.5 - 1).permute(2, 0, 1)[[0, 1, 2, 0]] * 0.18215
-        noise = torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(3))
-        x_0, label = latents.draw(item, torch.Generator().manual_seed(3))
-        assert label == latents.labels[item] and x_0.dtype == torch.float32
-        expected = mean + (mean.abs() + 0.5 * 0.18215) * noise
-        assert torch.allclose(x_0.double(), expected, atol=1e-3)
-
-    (out / "latents_00001.npy").unlink()
-    before = (out / "latents_00000.npy").stat().st_mtime_ns
-    content = (out / "latents_00002.npy").read_bytes()
-    cache_imagenet_latents.main([*command, "--device", "cpu"])
-    assert (out / "latents_00000.npy").stat().st_mtime_ns == before
-    assert (out / "latents_00002.npy").read_bytes() == content
-    assert distill.Latents(str(out), net).labels.tolist() == latents.labels.tolist()
-
-    with pytest.raises(ValueError, match="with shard = 2, this one has 3"):
-        cache_imagenet_latents.main([*command, "--shard", "3", "--device", "cpu"])
-    with pytest.raises(ValueError, match=r"images of \(2, 4, 2, 2\); this teacher needs"):
-        distill.Latents(str(out), SMALL)
-    with pytest.raises(ValueError, match="has the label 1; the teacher knows 0 .. 0"):
-        distill.Latents(str(out), dataclasses.replace(net, num_classes=1))
-
-
-def test_images_are_cropped_to_the_centre(tmp_path):
-    from PIL import Image
-
-    pixels = np.zeros((32, 96, 3), np.uint8)
-    pixels[:, 32:64] = 255
-    Image.fromarray(pixels).save(tmp_path / "wide.png")
-    image = cache_imagenet_latents.read_image(tmp_path / "wide.png", 16)
-    assert image.shape == (3, 16, 16) and image.min() > 0.99
-
-
-def test_cache_refuses_a_folder_without_images(tmp_path):
-    with pytest.raises(ValueError, match="one subfolder of images per class"):
-        cache_imagenet_latents.main([str(tmp_path), str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    assert metrics.frechet_distance(images) < limit
+    assert metrics.recognition_rate(images, labels) > 0.8

@@ -1,12 +1,19 @@
-"""The Fashion-MNIST stand-in and the numbers that judge samples."""
+"""metrics.py and fashion.py: Frechet distance, Inception metrics, references, feature network."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from imagenet import fashion
+from common.teachers import integrate_teacher
+from imagenet import fashion, metrics
 from imagenet.checkpoints import load_dit
 from imagenet.dit import guided_teacher
+
+CPU = torch.device("cpu")
 
 
 def test_latents_are_two_by_two_blocks_of_pixels():
@@ -20,7 +27,7 @@ def test_latents_are_two_by_two_blocks_of_pixels():
 def test_frechet_distance_of_commuting_gaussians():
     """For diagonal covariances it is |m1 - m2|^2 + sum (s1 - s2)^2."""
     mean, s1, s2 = torch.tensor([1.0, -2.0, 0.5]), torch.rand(3) + 1, torch.rand(3) + 1
-    distance = fashion.gaussian_distance(mean, s1.square().diag(), 0 * mean, s2.square().diag())
+    distance = metrics.gaussian_distance(mean, s1.square().diag(), 0 * mean, s2.square().diag())
     expected = mean.square().sum() + (s1 - s2).square().sum()
     assert distance == pytest.approx(expected.item(), rel=1e-5)
 
@@ -30,14 +37,11 @@ def test_shipped_teacher_draws_recognisable_classes():
     assert features.accuracy > 0.9 and (net.config.latent_size, net.config.num_classes) == (14, 10)
     labels = torch.arange(60) % 10
     teacher = guided_teacher(net, labels, 2.5, (0.0, 0.8))
-    x = torch.randn(60, 4, 14, 14, generator=torch.Generator().manual_seed(0))
-    times = torch.linspace(1, 0, 21)
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
-        x = x + (t_next - t) * teacher(x, t.expand(60))
-    images = fashion.to_images(x)
-    assert fashion.recognition_rate(images, labels, features) > 0.85
+    noise = torch.randn(60, 4, 14, 14, generator=torch.Generator().manual_seed(0))
+    images = fashion.to_images(integrate_teacher(teacher, noise, 20))
+    assert metrics.recognition_rate(images, labels, features) > 0.85
     noise = torch.randn_like(images)
-    assert fashion.frechet_distance(images) < fashion.frechet_distance(noise) / 10
+    assert metrics.frechet_distance(images) < metrics.frechet_distance(noise) / 10
 
 
 def test_features_that_cannot_be_used(tmp_path):
@@ -50,3 +54,173 @@ def test_features_that_cannot_be_used(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors does not hold"):
         fashion.load_features(tmp_path / "other.safetensors")
+
+
+# -- Inception metrics -----------------------------------------------------------------------------
+
+
+def stand_in_inception(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 (B, 3, H, W) -> 6 "features" and 4 logits that depend on the image alone."""
+    values = pixels.float().flatten(1) / 127.5 - 1
+    mix = torch.sin(torch.arange(values.shape[1])[:, None] * torch.arange(1, 11) * 0.7)
+    out = values @ mix
+    return out[:, :6], out[:, 6:]
+
+
+def numpy_fid(mean1, cov1, mean2, cov2) -> float:
+    """tr((C1 C2)^(1/2)) is the sum of the square roots of the eigenvalues of C1 C2."""
+    root = np.sqrt(np.linalg.eigvals(cov1 @ cov2).astype(complex)).real.sum()
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * root)
+
+
+def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return values.mean(0), np.cov(values, rowvar=False)
+
+
+def radius(x: np.ndarray) -> np.ndarray:
+    return np.sort(np.linalg.norm(x[:, None] - x, axis=2), axis=1)[:, 3]
+
+
+def test_inception_metrics(tmp_path):
+    """Against FID by eigenvalues, precision and recall by all distances, the score by its sum."""
+    generator = np.random.default_rng(0)
+    ours = generator.integers(0, 256, (70, 4, 4, 3), np.uint8)
+    real = generator.integers(0, 200, (50, 4, 4, 3), np.uint8)
+    (f, logits), (g, _) = (
+        [part.double().numpy() for part in stand_in_inception(torch.tensor(x).permute(0, 3, 1, 2))]
+        for x in (ours, real)
+    )
+    np.savez(tmp_path / "images.npz", arr_0=real)
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(real):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i:02d}.png")
+
+    def measure(name: str, batch: int = 64) -> dict:
+        reference = metrics.load_reference(stand_in_inception, tmp_path / name, CPU, batch)
+        return metrics.imagenet_metrics(stand_in_inception, ours, reference, CPU, batch)
+
+    found, folder = measure("images.npz"), measure("images", 16)
+    assert folder == pytest.approx(found, rel=1e-5)
+    assert found["fid"] == pytest.approx(numpy_fid(*moments(f), *moments(g)), rel=1e-4)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    score = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+    assert found["inception_score"] == pytest.approx(score, rel=1e-5)
+    distance = np.linalg.norm(f[:, None] - g, axis=2)
+    assert found["precision"] == pytest.approx((distance <= radius(g)).any(1).mean(), abs=1e-6)
+    recall = (distance.T <= radius(f)).any(1).mean()
+    assert found["recall"] == pytest.approx(recall, abs=1e-6)
+
+    np.savez(tmp_path / "statistics.npz", mu=g.mean(0), sigma=np.cov(g, rowvar=False))
+    only = measure("statistics.npz")
+    assert only["fid"] == pytest.approx(found["fid"], rel=1e-5) and "recall" not in only
+
+
+def test_blocks_change_nothing_and_torch_fidelity_agrees(monkeypatch):
+    prc = pytest.importorskip("torch_fidelity.metric_prc")
+    isc = pytest.importorskip("torch_fidelity.metric_isc")
+    torch.manual_seed(0)
+    f, g = torch.randn(300, 16), torch.randn(200, 16) * 1.1
+    whole = metrics.precision_recall(f, g)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 100, "save_cpu_ram": True}
+    theirs = prc.prc_features_to_metric(f, g, verbose=False, **options)
+    assert whole == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    split = torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, n: split(x, min(n, 7)))
+    assert metrics.precision_recall(f, g) == pytest.approx(whole, abs=1e-6)
+    monkeypatch.undo()
+    logits = torch.randn(10_000, 12) * 3
+    theirs = isc.isc_features_to_metric(logits, splits=2, shuffle=False)["inception_score_mean"]
+    assert metrics.inception_score(logits) == pytest.approx(theirs, rel=1e-6)
+    with pytest.raises(ValueError, match="3 images and 200 references: both need at least 4"):
+        metrics.precision_recall(f[:3], g)
+
+
+def test_what_is_not_finite_is_an_error():
+    eye, mean = torch.eye(3), torch.zeros(3)
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.gaussian_distance(mean * torch.nan, eye, mean, eye)
+    with pytest.raises(ValueError, match="Inception features are not finite"):
+        broken = lambda images: (images.flatten(1) * torch.nan, images.flatten(1).float())  # noqa: E731
+        metrics.inception_features(broken, [np.zeros((2, 4, 4, 3), np.uint8)], CPU)
+
+
+# -- references ------------------------------------------------------------------------------------
+
+
+def test_reference_layouts(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    for i, name in enumerate(("a.png", "b.PNG", "sub/c.png", "sub/d.Png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels[i]).save(tmp_path / name)
+    for name in (".ipynb_checkpoints/a-checkpoint.png", "._a.png", "@eaDir/a.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    metrics.check_reference(tmp_path)
+    found, statistics = metrics.read_reference(tmp_path, batch=3)
+    assert np.array_equal(np.concatenate(list(found)), pixels) and statistics is None
+    both = {"mu": np.ones(2048), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "adm.npz", arr_0=pixels, mu_s=np.ones(9), **both)
+    metrics.check_reference(tmp_path / "adm.npz")
+    found, statistics = metrics.read_reference(tmp_path / "adm.npz", batch=3)
+    assert np.array_equal(np.concatenate(found), pixels)
+    assert [part.shape for part in statistics] == [(2048,), (2048, 2048)]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="a folder without images"):
+        metrics.check_reference(tmp_path / "nothing")
+    Image.new("RGB", (8, 9)).save(tmp_path / "e.png")
+    with pytest.raises(ValueError, match="several sizes: a.png 8 x 8, e.png 8 x 9"):
+        metrics.check_reference(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="a.png cannot be read as an image"):
+        metrics.check_reference(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ({"arr_0": np.zeros((9, 8, 8, 3), np.float32)}, r"arr_0 is float32 \(9, 8, 8, 3\)"),
+        ({"arr_0": np.zeros((9, 3, 8, 8), np.uint8)}, r"arr_0 is uint8 \(9, 3, 8, 8\)"),
+        ({"arr_0": np.zeros((9, 8, 8, 1), np.uint8)}, r"arr_0 is uint8 \(9, 8, 8, 1\)"),
+        ({"arr_0": np.zeros((3, 8, 8, 3), np.uint8)}, r"arr_0 is uint8 \(3, 8, 8, 3\)"),
+        ({"mu": np.zeros(768), "sigma": np.eye(768)}, r"mu is float64 \(768,\)"),
+        ({"mu": np.zeros(2048)}, "neither images .* it has mu"),
+        ({"arr_0": np.array([{}], dtype=object)}, "arr_0 is object"),
+    ],
+)
+def test_npz_of_other_layouts_are_refused(tmp_path, content, named):
+    np.savez(tmp_path / "reference.npz", **content)
+    with pytest.raises(ValueError, match=f"reference.npz.*{named}"):
+        metrics.check_reference(tmp_path / "reference.npz")
+
+
+def test_a_damaged_npz_is_named(tmp_path):
+    np.savez(tmp_path / "reference.npz", arr_0=np.ones((9, 64, 64, 3), np.uint8))
+    whole = bytearray((tmp_path / "reference.npz").read_bytes())
+    whole[len(whole) // 2] ^= 255
+    (tmp_path / "reference.npz").write_bytes(whole)
+    metrics.check_reference(tmp_path / "reference.npz")  # its headers are right
+    with pytest.raises(ValueError, match="reference.npz is damaged: Bad CRC"):
+        metrics.read_reference(tmp_path / "reference.npz")
+    (tmp_path / "reference.npz").write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match="reference.npz is no readable .npz"):
+        metrics.check_reference(tmp_path / "reference.npz")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_inception_weights_are_not_unpickled(tmp_path, monkeypatch):
+    """torch-fidelity itself unpickles its file; within load_inception it cannot."""
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": Bomb()}, "bomb.pth")
+    torch.save({"fc.weight": torch.zeros(2)}, "other.pth")
+    Path("text.pth").write_text("no weights")
+    for name in ("bomb", "other", "text"):
+        with pytest.raises(ValueError, match=f"{name}.pth is no file of its tensors"):
+            metrics.load_inception(f"{name}.pth", CPU)
+    assert not Path("executed").exists()
+    with pytest.raises(OSError):
+        metrics.load_inception("nothing.pth", CPU)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from two_processes import run_two
 
 import imagenet.distributed as runs
 import imagenet.sample as sampling
+from common.teachers import integrate_teacher
 from imagenet import checkpoints, fashion
-from imagenet.checkpoints import init_student_from_teacher, save_dit
+from imagenet.checkpoints import init_student_from_teacher, load_dit, save_dit
 from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GMFlowPolicy, rollout
 from piflow_minimal import sample as follow
@@ -35,7 +35,7 @@ def small_net(head: str = "velocity", components: int = 1) -> DiT:
 def no_vae(monkeypatch):
     """Latents of five classes are no Fashion-MNIST: a VAE would be loaded. Here they are images."""
 
-    def decoder(config, device):
+    def decoder(config, device, dtype):
         return lambda latents: latents[:, :3].clamp(-1, 1)
 
     monkeypatch.setattr(checkpoints, "load_decoder", decoder)
@@ -48,7 +48,7 @@ def files(tmp_path) -> dict[str, str]:
     save_dit(small_net(), teacher)
     save_dit(small_net("gmflow", 3), student)
     run = {"nfe": 2, "teacher": str(teacher), "guidance": 1.5}
-    run |= {"guidance_low": 0.0, "guidance_high": 0.5, "solver": "exact", "substeps": 24}
+    run |= {"guidance_interval": [0.0, 0.5], "solver": "exact", "total_substeps": 24}
     folder = tmp_path / "run"
     save_dit(small_net("dx", 4), folder / "student.safetensors")
     (folder / "config.json").write_text(json.dumps(run))
@@ -61,7 +61,7 @@ def images(out) -> np.ndarray:
 
 
 def sample(model, out, *options) -> np.ndarray:
-    small = ["--count", "7", "--batch", "3", "--substeps", "8", "--device", "cpu", "--npz"]
+    small = ["--count", "7", "--batch", "3", "--total-substeps", "8", "--device", "cpu", "--npz"]
     sampling.main([str(model), "--out", str(out), *small, *options])
     return images(out)
 
@@ -74,17 +74,43 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
 # -- which image is which --------------------------------------------------------------------------
 
 
+def resolved(model: str, net: DiT, *options: str) -> sampling.Settings:
+    return sampling.resolve_settings(sampling.parse_settings([model, *options]), net, CPU)
+
+
 def test_image_i_is_drawn_from_seed_plus_i(files):
     net, labels = small_net("gmflow", 3), [0, 1, 2, 3, 4, 0, 1]
-    noise, _ = sampling.noise_of(40, range(2, 5), net)
+    settings = resolved(files["student"], net, "--seed", "40")
+    noise, _ = sampling.noise_of(settings, range(2, 5), net)
     for row, seed in zip(noise, (42, 43, 44), strict=True):
         torch.manual_seed(seed)
         assert torch.equal(row, torch.randn(4, 4, 4))
-    args = sampling.parse([files["student"]])
-    settings = sampling.settle(args, net)
     assert sampling.labels_of(settings, range(7), net).tolist() == labels
     settings = dataclasses.replace(settings, classes=(3, 1))
     assert sampling.labels_of(settings, range(1, 4), net).tolist() == [1, 3, 1]
+
+
+def test_published_labels_and_noise(files, tmp_path):
+    """Image i: randint(0, 1000) of a generator seeded with i, noise of one seeded with i + 1000."""
+    net = DiT(dataclasses.replace(SMALL, num_classes=1000))
+    settings = resolved(files["student"], net, "--labels", "published")
+    labels = sampling.labels_of(settings, range(50_000), net)
+    for i in (0, 1, 7, 49_999):
+        generator = torch.Generator().manual_seed(i)
+        assert labels[i] == torch.randint(0, 1000, (1,), generator=generator)
+    counts = labels.bincount()
+    assert (counts.min(), counts.max()) == (29, 80)  # the spread that the public evaluation has
+    noise, _ = sampling.noise_of(settings, range(3, 5), net)
+    for row, seed in zip(noise, (1003, 1004), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(row, torch.randn(4, 4, 4, generator=generator))
+    sample(files["student"], tmp_path / "out", "--labels", "published")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["labels"] == "published"
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        expected = [torch.randint(5, (), generator=torch.Generator().manual_seed(i)).item()
+                    for i in range(7)]  # fmt: skip
+        assert file["arr_1"].tolist() == expected
 
 
 @pytest.mark.parametrize("how", [[], ["--nfe", "3", "--h", "1.5", "--temperature", "0.5"]])
@@ -98,15 +124,15 @@ def test_images_do_not_depend_on_the_batch(files, tmp_path, how):
 
 def test_images_do_not_depend_on_the_number_of_processes(files, tmp_path):
     net = small_net("gmflow", 3)
-    settings = sampling.settle(sampling.parse([files["student"], "--batch", "2"]), net)
+    settings = resolved(files["student"], net, "--batch", "2")
+    found = []
     for world in (1, 2):
+        parts = sampling.Parts(tmp_path / str(world), 7, 2, "")
         for rank in range(world):
             place = (rank, world, CPU)
-            sampling.sample_parts(settings, 7, net, None, tmp_path / str(world), place)
-    one, two = (
-        sampling.gather(tmp_path / world, 7, 2, tmp_path / f"{world}.npy")[0] for world in "12"
-    )
-    assert one.shape == (7, 4, 4, 3) and np.array_equal(one, two)
+            sampling.sample_parts(settings, net, None, lambda x: x[:, :3], parts, place)
+        found.append(sampling.gather(parts, tmp_path / f"{world}.npy")[0])
+    assert found[0].shape == (7, 4, 4, 3) and np.array_equal(*found)
 
 
 @pytest.mark.slow
@@ -162,7 +188,7 @@ def test_solver_and_substeps_reach_the_policy(files, tmp_path):
     """Euler and Adams-Bashforth approach the same images, the second one faster."""
 
     def images_by(solver: str, substeps: int) -> np.ndarray:
-        how = ["--solver", solver, "--substeps", str(substeps)]
+        how = ["--solver", solver, "--total-substeps", str(substeps)]
         return sample(files["student"], tmp_path / f"{solver}{substeps}", *how).astype(float)
 
     fine = images_by("euler", 1024)
@@ -185,7 +211,7 @@ def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):
     """Trained with two segments, sampled in four steps: each grid still spans one half."""
     pixels = sample(files["run"], tmp_path / "out", "--nfe", "4", "--pairs", "0")
     net, labels = small_net("dx", 4), torch.arange(7) % 5
-    noise, _ = sampling.noise_of(0, range(7), net)
+    noise, _ = sampling.noise_of(resolved(files["run"], net, "--pairs", "0"), range(7), net)
 
     def student(x: torch.Tensor, t: torch.Tensor) -> DXPolicy:
         return DXPolicy(net(x, t, labels), x, t, segment_size=0.5)
@@ -195,10 +221,11 @@ def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):
 
 
 def test_teacher_takes_guided_euler_steps(files, tmp_path, capsys):
-    options = ["--nfe", "3", "--guidance", "2", "--interval", "0", "0.5"]
+    options = ["--nfe", "3", "--guidance", "2", "--guidance-interval", "0", "0.5"]
     pixels = sample(files["teacher"], tmp_path / "out", *options)
     net, labels = small_net(), torch.arange(7) % 5
-    x, velocity = sampling.noise_of(0, range(7), net)[0], guided_teacher(net, labels, 2.0, (0, 0.5))
+    x = sampling.noise_of(resolved(files["teacher"], net), range(7), net)[0]
+    velocity = guided_teacher(net, labels, 2.0, (0, 0.5))
     for t in (1.0, 2 / 3, 1 / 3):
         x = x - velocity(x, torch.full((7,), t)) / 3
     expected = ((x[:, :3].clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
@@ -209,18 +236,16 @@ def test_teacher_takes_guided_euler_steps(files, tmp_path, capsys):
 
 
 def test_settings_come_from_the_run(files):
-    args = sampling.parse([files["run"], "--pairs", "2"])
-    settings = sampling.settle(args, small_net("dx", 4))
+    settings = resolved(files["run"], small_net("dx", 4), "--pairs", "2")
     assert (settings.nfe, settings.trained_nfe, settings.solver) == (2, 2, "exact")
-    assert settings.substeps == 24
-    assert (settings.guidance, settings.interval) == (1.5, (0.0, 0.5))
+    assert settings.total_substeps == 24
+    assert (settings.guidance, settings.guidance_interval) == (1.5, (0.0, 0.5))
     assert settings.teacher == files["teacher"]
-    args = sampling.parse([files["run"], "--pairs", "2", "--solver", "deis", "--substeps", "8"])
-    settings = sampling.settle(args, small_net("dx", 4))
-    assert (settings.solver, settings.substeps) == ("deis", 8)
-    args = sampling.parse([files["student"], "--pairs", "0"])  # a file does not say: as published
-    settings = sampling.settle(args, small_net("gmflow", 3))
-    assert (settings.solver, settings.substeps) == ("euler", 128)
+    options = ["--pairs", "2", "--solver", "deis", "--total-substeps", "8"]
+    settings = resolved(files["run"], small_net("dx", 4), *options)
+    assert (settings.solver, settings.total_substeps) == ("deis", 8)
+    settings = resolved(files["student"], small_net("gmflow", 3))  # a file: as published
+    assert (settings.solver, settings.total_substeps) == ("euler", 128)
 
 
 def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
@@ -233,8 +258,9 @@ def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
         for name in ("same", "other")
     )
     net, labels = small_net(), torch.arange(5)
-    noise, velocity = sampling.noise_of(0, range(5), net)[0], guided_teacher(net, labels)
-    ends = [runs.follow_teacher(velocity, noise, steps) for steps in (2, 4)]
+    noise = sampling.noise_of(resolved(files["teacher"], net), range(5), net)[0]
+    velocity = guided_teacher(net, labels)
+    ends = [integrate_teacher(velocity, noise, steps) for steps in (2, 4)]
     assert same < 1e-6
     assert other == pytest.approx((ends[0] - ends[1]).square().mean().sqrt().item(), rel=1e-4)
     assert (tmp_path / "same" / "pairs.png").is_file()
@@ -295,27 +321,35 @@ def test_other_settings_are_refused(files, tmp_path):
     "given, named",
     [
         (["--count", "0"], "--count is 0"),
-        (["--interval", "0.5", "0.2"], "--interval is 0.5 0.2"),
-        (["--solver", "heun"], "--solver is 'heun'"),
+        (["--guidance-interval", "0.5", "0.2"], "--guidance-interval is 0.5 0.2"),
+        (["--solver", "heun"], "--solver is 'heun'; choose one of euler, deis, exact"),
         (["--reference", "nowhere.npz"], "--reference nowhere.npz"),
         (["--classes", "5"], "--classes has 5; use 0 .. 4"),
+        (["--classes", "1", "--labels", "published"], "leave out --classes"),
+        (["--labels", "random"], "--labels is 'random'; choose one of balanced, published"),
         (["--pairs", "3"], "--pairs is 3; it needs --teacher"),
+        (["--iteration", "3"], "--iteration is 3; "),
         (["--h", "-1"], "--h is -1.0; it must be at least 0"),
         (["--h", "nan"], "--h is nan"),
         (["--temperature", "0"], "--temperature is 0.0"),
         (["--guidance", "nan"], "--guidance is nan"),
         (["--solver", "exact"], "--solver is exact; it is of dx students"),
-        (["--inception", "broken.pth", "--reference", "adm.npz"], "no file of tensors"),
+        (["--inception", "broken.pth", "--reference", "adm.npz"], "no file of its tensors"),
         (["--reference", "teacher.safetensors"], "is no readable .npz"),
         (["--reference", "empty.npz"], "neither images"),
+        (["--reference", "adm.npz", "--count", "3"], "--count is 3; --reference needs at least 4"),
+        (["--nfee", "1"], "unknown argument --nfee; did you mean --nfe?"),
+        (["--head", "velocity"], "head is 'velocity', its output layer is a gmflow head"),
+        (["--dtype", "float16"], "--dtype is 'float16'; choose one of auto, float32, bfloat16"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, monkeypatch, given, named):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", MagicMock())
-    np.savez("adm.npz", mu=np.ones(2), sigma=np.eye(2))
+    np.savez("adm.npz", mu=np.ones(2048), sigma=np.eye(2048))
     np.savez("empty.npz", x=np.ones(2))
     Path("broken.pth").write_text("no weights")
+    if "broken.pth" in given:
+        pytest.importorskip("torch_fidelity")
     with pytest.raises((ValueError, OSError)) as error:
         sampling.main([files["student"], "--out", "out", "--device", "cpu", *given])
     assert named in str(error.value) and not (tmp_path / "out").exists()
@@ -343,115 +377,121 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         sampling.main([str(tmp_path), "--out", str(tmp_path / "out")])
 
 
-# -- metrics ---------------------------------------------------------------------------------------
+# -- stale images ----------------------------------------------------------------------------------
 
 
-def stand_in_inception(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 (B, 3, H, W) -> 6 "features" and 4 logits that depend on the image alone."""
-    values = pixels.float().flatten(1) / 127.5 - 1
-    mix = torch.sin(torch.arange(values.shape[1])[:, None] * torch.arange(1, 11) * 0.7)
-    out = values @ mix
-    return out[:, :6], out[:, 6:]
+def test_images_of_other_weights_are_not_used(files, tmp_path):
+    """The same file name with other weights: refused; without settings.json, sampled anew."""
+    out = tmp_path / "out"
+    before = sample(files["student"], out)
+    net = small_net("gmflow", 3)
+    net.final_layer.means.bias.data += 0.3
+    save_dit(net, files["student"])
+    with pytest.raises(ValueError, match=r"is of a run with weights = '\w+', this one has"):
+        sample(files["student"], out)
+    assert np.array_equal(images(out), before)
+    fresh = sample(files["student"], tmp_path / "fresh")
+    (out / "settings.json").unlink()
+    assert np.array_equal(sample(files["student"], out), fresh) and not close(fresh, before)
 
 
-def numpy_fid(mean1, cov1, mean2, cov2) -> float:
-    """tr((C1 C2)^(1/2)) is the sum of the square roots of the eigenvalues of C1 C2."""
-    root = np.sqrt(np.linalg.eigvals(cov1 @ cov2).astype(complex)).real.sum()
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * root)
+def test_a_changed_teacher_of_the_pairs_is_noticed(files, tmp_path):
+    options = ["--pairs", "2", "--teacher", files["teacher"], "--teacher-steps", "2"]
+    sample(files["student"], tmp_path / "out", *options)
+    net = small_net()
+    net.final_layer.linear.bias.data += 0.3
+    save_dit(net, files["teacher"])
+    with pytest.raises(ValueError, match="is of a run with teacher_weights ="):
+        sample(files["student"], tmp_path / "out", *options)
 
 
-def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return values.mean(0), np.cov(values, rowvar=False)
+def test_default_folders_of_models_with_one_file_name_differ(files, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    name = "diffusion_pytorch_model.safetensors"
+    for student in ("gm_1step", "gm_2step"):
+        save_dit(small_net("gmflow", 3), Path("hub") / student / name)
+        sampling.main([f"hub/{student}/{name}", "--count", "2", "--device", "cpu"])
+    assert {path.name for path in Path("outputs/samples").iterdir()} == {
+        "hub-gm_1step-diffusion_pytorch_model-gmflow-nfe1",
+        "hub-gm_2step-diffusion_pytorch_model-gmflow-nfe1",
+    }
 
 
-def test_inception_metrics(tmp_path, monkeypatch):
-    """Against FID by eigenvalues, precision and recall by all distances."""
-    pytest.importorskip("torch_fidelity")
-    monkeypatch.setattr(sampling, "load_inception", lambda weights, device: stand_in_inception)
-    generator = np.random.default_rng(0)
-    ours = generator.integers(0, 256, (70, 4, 4, 3), np.uint8)
-    real = generator.integers(0, 200, (50, 4, 4, 3), np.uint8)
-    f, g = (
-        stand_in_inception(torch.tensor(pixels).permute(0, 3, 1, 2))[0].double().numpy()
-        for pixels in (ours, real)
-    )
-    np.savez(tmp_path / "images.npz", arr_0=real)
-    net = sampling.load_inception("", CPU)
-    found = sampling.imagenet_metrics(net, ours, str(tmp_path / "images.npz"), CPU)
-    assert found["fid"] == pytest.approx(numpy_fid(*moments(f), *moments(g)), rel=1e-4)
-    assert found["inception_score"] >= 1
-
-    def radius(x: np.ndarray) -> np.ndarray:
-        return np.sort(np.linalg.norm(x[:, None] - x, axis=2), axis=1)[:, 3]
-
-    distance = np.linalg.norm(f[:, None] - g, axis=2)
-    assert found["precision"] == pytest.approx((distance <= radius(g)).any(1).mean(), abs=1e-6)
-    recall = (distance.T <= radius(f)).any(1).mean()
-    assert found["recall"] == pytest.approx(recall, abs=1e-6)
-
-    statistics = {"mu": g.mean(0), "sigma": np.cov(g, rowvar=False)}
-    np.savez(tmp_path / "statistics.npz", **statistics)
-    only = sampling.imagenet_metrics(net, ours, str(tmp_path / "statistics.npz"), CPU)
-    assert only["fid"] == pytest.approx(found["fid"], rel=1e-5) and "recall" not in only
+def test_a_checkpoint_of_a_run_is_sampled(files, tmp_path):
+    """--iteration takes the moving average of that checkpoint, stored in bfloat16 or float32."""
+    run, net = Path(files["run"]), small_net("dx", 4)
+    net.final_layer.linear.bias.data += 0.5
+    state = {key: value.bfloat16().float() for key, value in net.state_dict().items()}
+    (run / "checkpoints").mkdir()
+    for iteration, half in ((20, True), (40, False)):
+        ema = {key: value.bfloat16() if half else value for key, value in state.items()}
+        path = run / f"checkpoints/step_{iteration:08d}.pt"
+        torch.save({"iteration": iteration, "ema": ema}, path)
+    options = ["--pairs", "0", "--nfe", "1"]
+    found = [sample(run, tmp_path / i, "--iteration", i, *options) for i in ("20", "40")]
+    assert np.array_equal(*found) and not close(found[0], sample(run, tmp_path / "new", *options))
+    net.load_state_dict(state)
+    save_dit(net, run / "student.safetensors")
+    assert np.array_equal(found[0], sample(run, tmp_path / "same", *options))
+    with pytest.raises(FileNotFoundError, match="--iteration is 30; .* has kept 20, 40"):
+        sample(run, tmp_path / "none", "--iteration", "30")
 
 
-def test_reference_layouts(tmp_path):
-    from PIL import Image
+# -- not finite, precision -------------------------------------------------------------------------
 
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    found, statistics = sampling.read_reference(str(tmp_path))
-    assert np.array_equal(found, pixels) and statistics == {}
-    np.savez(tmp_path / "adm.npz", arr_0=pixels, mu=np.ones(4), sigma=np.eye(4), mu_s=np.ones(9))
-    found, statistics = sampling.read_reference(str(tmp_path / "adm.npz"))
-    assert np.array_equal(found, pixels) and statistics["sigma"].shape == (4, 4)
-    for reference in (tmp_path, tmp_path / "adm.npz"):
-        sampling.check_reference(str(reference))
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="a folder without images"):
-        sampling.check_reference(str(tmp_path / "nothing"))
+
+def test_images_that_are_not_finite_are_an_error(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "sample", lambda student, noise, *_, **__: noise * torch.nan)
+    with pytest.raises(ValueError, match="images 0 to 2 are not finite"):
+        sample(files["student"], tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_bfloat16_weights_give_nearly_the_same_images(files, tmp_path):
+    plain = sample(files["student"], tmp_path / "a").astype(float)
+    half = sample(files["student"], tmp_path / "b", "--dtype", "bfloat16").astype(float)
+    assert 0 < abs(plain - half).mean() < 3
+    cuda = torch.device("cuda")
+    for name, dtypes in (("student", ("bfloat16", "float16")), ("tiny", ("float32", "float32"))):
+        net = small_net("gmflow", 3)
+        net.config = dataclasses.replace(net.config, decoder=PIXELS if name == "tiny" else "vae")
+        settings = sampling.parse_settings([files["student"]])
+        settings = sampling.resolve_settings(settings, net, cuda)
+        assert (settings.dtype, settings.vae_dtype) == dtypes
+
+
+# -- metrics --------------------------------------------------------------------------------------
 
 
 def test_missing_torch_fidelity_is_one_line_before_anything_is_sampled(
     files, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    np.savez(tmp_path / "adm.npz", mu=np.ones(2), sigma=np.eye(2))
+    np.savez(tmp_path / "adm.npz", mu=np.ones(2048), sigma=np.eye(2048))
     argv = [files["student"], "--reference", str(tmp_path / "adm.npz"), "--device", "cpu"]
     with pytest.raises(ImportError, match="pip install torch-fidelity"):
         sampling.main([*argv, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_inception_weights_are_not_unpickled(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch_fidelity", MagicMock())
-
-    class Bomb:
-        def __reduce__(self):
-            return (print, ("executed",))
-
-    torch.save({"weight": Bomb()}, tmp_path / "inception.pth")
-    with pytest.raises(ValueError, match="is no file of tensors"):
-        sampling.load_inception(str(tmp_path / "inception.pth"), CPU)
-    assert "executed" not in capsys.readouterr().out
-
-
 def test_tiny_student_is_judged_by_the_shipped_features(tmp_path, monkeypatch):
     """An untrained student of the shipped teacher: pixels in, the distance of those pixels out."""
     monkeypatch.undo()
-    teacher = sampling.open_model("tiny", 0, 0.0, CPU)
+    teacher = load_dit(fashion.TEACHER)
     student = tmp_path / "student.safetensors"
     save_dit(init_student_from_teacher(teacher, "gmflow", 2), student)
-    options = ["--count", "70", "--batch", "35", "--substeps", "4", "--pairs", "2", "--npz"]
+    options = ["--count", "70", "--batch", "35", "--total-substeps", "4", "--pairs", "2", "--npz"]
     options += ["--teacher-steps", "2", "--device", "cpu"]
     sampling.main([str(student), "--out", str(tmp_path / "out"), *options])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     pixels = torch.tensor(images(tmp_path / "out"))
     assert pixels.shape == (70, 28, 28, 1)
     features = fashion.load_features()
-    values = features.net.body(pixels.permute(0, 3, 1, 2) / 127.5 - 1).numpy().astype(np.float64)
+    values = features.net.body(pixels.permute(0, 3, 1, 2) / 127.5 - 1).double()
     mean, covariance = features.mean.double().numpy(), features.covariance.double().numpy()
-    expected = numpy_fid(*moments(values), mean, covariance)
+    ours = values.mean(0).numpy(), np.cov(values.numpy(), rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(ours[1] @ covariance).astype(complex)).real.sum()
+    traces = np.trace(ours[1]) + np.trace(covariance) - 2 * root
+    expected = ((ours[0] - mean) ** 2).sum() + traces
     assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-3)
     assert 0 <= metrics["recognition_rate"] <= 1 and metrics["endpoint_rmse"] > 0
