@@ -35,7 +35,8 @@ class GMHead(nn.Module):
     """The output head of a GMFlow student, in place of the transformer's `proj_out`.
 
     Means and log weights come from the image tokens; one log standard deviation per sample comes
-    from the embedding of time and guidance, which `watch` picks up on its way into `norm_out`.
+    from the embedding of time and guidance, which `watch` picks up on its way into `norm_out`. No
+    gradient goes back into that embedding.
     """
 
     def __init__(self, width: int, channels: int, components: int, inner: int, layers: int = 2):
@@ -60,7 +61,7 @@ class GMHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, width) -> means (B, S, K 4C), log weights (B, S, K 4), log std (B, 1)."""
-        return self.means(hidden), self.logweights(hidden), self.logstds(self.embedding)
+        return self.means(hidden), self.logweights(hidden), self.logstds(self.embedding.detach())
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,15 @@ class Conditions(NamedTuple):
         """The samples that `index` (a slice or list) picks."""
         return Conditions(*(None if value is None else value[index] for value in self))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Conditions":
+        """The same there; floating-point parts in `dtype`, but positions."""
+        moved = (None if value is None else value.to(device) for value in self)
+        kinds = (dtype, None, dtype, dtype, None)
+        return Conditions(*(
+            value if kind is None or value is None else value.to(kind)
+            for value, kind in zip(moved, kinds, strict=True)
+        ))  # fmt: skip
+
     @staticmethod
     def stack(parts: Sequence["Conditions"]) -> "Conditions":
         """Prompts of different lengths as one batch, padded and masked (Qwen)."""
@@ -132,10 +141,14 @@ class Conditions(NamedTuple):
 
 
 @torch.no_grad()
-def encode_prompts(pipe: Any, family: Family, prompts: Sequence[str]) -> Conditions:
+def encode_prompts(
+    pipe: Any, family: Family, prompts: Sequence[str], max_length: int = 512
+) -> Conditions:
     """Prompts -> `Conditions`, by the text encoders of the pipeline, on its execution device."""
     device = pipe._execution_device
-    encoded = pipe.encode_prompt(prompt=list(prompts), device=device, max_sequence_length=512)
+    encoded = pipe.encode_prompt(
+        prompt=list(prompts), device=device, max_sequence_length=max_length
+    )
     if family.name == "qwen":
         embeds, mask = encoded  # mask is None where no prompt is padded
         return Conditions(embeds, mask=mask)
