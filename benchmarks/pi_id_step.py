@@ -8,10 +8,8 @@ and two of the 28 layers of DiT-XL/2 with the published settings (K = 32, Euler,
 all 28 layers the share of the networks is larger still.
 """
 
-import argparse
 import dataclasses
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +18,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.timing import peak_memory, print_table, synchronize
-from common.cli import keep_freed_memory, pick_device, run_cli
+from benchmarks.timing import clock, peak_memory, print_table
+from common.cli import DEVICE_HELP, keep_freed_memory, parse, pick_device, run_cli, setting
 from imagenet.checkpoints import init_student_from_teacher
 from imagenet.dit import PRESETS, DiT, dit_student, guided_teacher
 from piflow_minimal import Policy, pi_id_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Flags of the benchmark."""
+
+    device: str = setting("auto", DEVICE_HELP)
+    batch: int = setting(4, "batch of the XL/2 case; tiny has 32", low=1)
+    rounds: int = setting(5, "steps of which the median is taken", low=1)
+
 
 PARTS = ("teacher", "student forward", "student backward", "rollout", "policy gradient", "adam")
 
@@ -38,17 +46,16 @@ class Clock:
     @contextmanager
     def __call__(self, part: str, within: str | None = None) -> Iterator[None]:
         """Counts the block for `part`, and not for the part `within` which it stands."""
-        synchronize(self.device)
-        start = time.perf_counter()
+        start = clock(self.device)
         yield
-        synchronize(self.device)
-        self.seconds[part] += time.perf_counter() - start
+        seconds = clock(self.device) - start
+        self.seconds[part] += seconds
         if within:
-            self.seconds[within] -= time.perf_counter() - start
+            self.seconds[within] -= seconds
 
 
 class Timed(NamedTuple):
-    """A policy whose velocities with gradient are timed; the copy that walks is the plain one."""
+    """A policy whose velocities with gradient are timed; its detached copy is the plain policy."""
 
     policy: Policy
     clock: Clock
@@ -71,10 +78,10 @@ class Case(NamedTuple):
     student: DiT
     adam: torch.optim.Optimizer
     batch: int
-    walk: dict  # options of pi_id_loss
+    options: dict  # of pi_id_loss
 
 
-def make(depth: int, components: int, batch: int, walk: dict, device: torch.device) -> Case:
+def make(depth: int, components: int, batch: int, options: dict, device: torch.device) -> Case:
     """depth 0: the tiny network, else so many layers of XL/2; random weights."""
     torch.manual_seed(0)
     config = dataclasses.replace(PRESETS["xl2"], depth=depth) if depth else PRESETS["tiny"]
@@ -83,7 +90,7 @@ def make(depth: int, components: int, batch: int, walk: dict, device: torch.devi
         torch.nn.init.normal_(parameter, std=0.02)
     student = init_student_from_teacher(teacher, "gmflow", components).requires_grad_(True)
     adam = torch.optim.AdamW(student.parameters(), fused=device.type == "cuda")
-    return Case(teacher, student, adam, batch, walk)
+    return Case(teacher, student, adam, batch, options)
 
 
 def step(case: Case, device: torch.device, clock: Clock) -> None:
@@ -101,7 +108,7 @@ def step(case: Case, device: torch.device, clock: Clock) -> None:
     with clock("student forward"):
         policy = dit_student(case.student, labels)(noise, t_src)
     with clock("rollout"):  # what is left of pi_id_loss without its inner parts
-        loss = pi_id_loss(Timed(policy, clock), teacher, 1.0, 1.0, **case.walk).loss
+        loss = pi_id_loss(Timed(policy, clock), teacher, 1.0, 1.0, **case.options).loss
     outputs = list(policy.mixture)
     with clock("policy gradient"):
         gradients = torch.autograd.grad(loss, outputs)
@@ -125,27 +132,18 @@ def measure(case: Case, device: torch.device, rounds: int) -> tuple[dict[str, fl
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the shares of a step."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--batch", type=int, default=4, help="of the XL/2 case; tiny has 32")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
-    args = parser.parse_args(argv)
-    for name in ("batch", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    device = pick_device(args.device)
+    settings = parse(Settings, __doc__, argv)
+    device = pick_device(settings.device)
     keep_freed_memory()
-    deis, euler = {"total_substeps": 16, "solver": "deis"}, {"total_substeps": 128}
+    few, euler = {"total_substeps": 4, "solver": "deis"}, {"total_substeps": 128}
     cases = {
-        "tiny, K = 8, deis, 16 substeps": make(0, 8, 32, deis, device),
-        "tiny, K = 8, euler, 128": make(0, 8, 32, euler, device),
-        "2 layers of XL/2, K = 32, euler, 128": make(2, 32, args.batch, euler, device),
+        "tiny, K = 16, deis, 4 substeps": make(0, 16, 32, few, device),
+        "tiny, K = 16, euler, 128": make(0, 16, 32, euler, device),
+        "2 layers of XL/2, K = 32, euler, 128": make(2, 32, settings.batch, euler, device),
     }
     rows = []
     for name, case in cases.items():
-        seconds, memory = measure(case, device, args.rounds)
+        seconds, memory = measure(case, device, settings.rounds)
         whole = sum(seconds.values())
         shares = [f"{100 * seconds[part] / whole:.1f}%" for part in PARTS]
         size = f"{1000 * whole:.0f} ms", f"{memory:.0f} MiB"

@@ -1,6 +1,5 @@
 """What the benchmarks share: timing in turns, and tables."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -10,20 +9,25 @@ import torch
 def in_turns(
     functions: dict[str, Callable[[], object]], device: torch.device, rounds: int = 7
 ) -> dict[str, float]:
-    """Median seconds of each function, after a warm-up, all in every round: A B C, A B C, ...
+    """Fewest seconds of each function, after a warm-up, all in every round: A B C, A B C, ...
 
     What slows the machine down for a while so falls on all of them; compare within one call only.
     """
     times = {name: [] for name in functions}
     for round_ in range(rounds + 1):
         for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
+            start = clock(device)
             function()
-            synchronize(device)
             if round_ > 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(clock(device) - start)
+    return {name: min(values) for name, values in times.items()}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: on one CPU thread its CPU time, which other jobs hardly change; else wall-clock."""
+    synchronize(device)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
 
 
 def synchronize(device: torch.device) -> None:

@@ -85,6 +85,14 @@ class Settings:
         "auto", "samples that a process handles at once; auto: as many as the GPU's memory takes"
     )
     num_intermediates: int = setting(2, "teacher queries per segment", low=1)
+    query_times: str = setting(
+        "uniform", "query times; stratified: one per stratum over the batch",
+        choices=("uniform", "stratified"),
+    )  # fmt: skip
+    min_query_time: float = setting(
+        0.0, "smallest t of a query: the last substep's start, below which nothing is evaluated",
+        low=0, high=1,
+    )  # fmt: skip
     total_substeps: int = setting(128, "substeps of the policy rollout, per unit of tau", low=1)
     solver: str = setting(
         "euler", "solver of the rollout, exact for dx only", choices=("euler", "deis", "exact")
@@ -255,10 +263,25 @@ def draw(
         tau_src = segment_of(1 - tau, config.nfe)[0]
     chance = chance.unflatten(1, (S, K))
     dropped = (chance < config.dropout) & (chance < chance.amax(2, keepdim=True))  # never all
-    uniforms = uniforms.unflatten(1, (S, M))
+    uniforms = place_queries(config, tau_src, uniforms.unflatten(1, (S, M)), iteration, places)
     times = query_times(config, tau_src, uniforms)
     tensors = (labels, noise, x_0, tau_src, uniforms, dropped)
     return Draws(*(value.pin_memory() if pin else value for value in tensors), times)
+
+
+def place_queries(
+    config: Settings, tau_src: Tensor, uniforms: Tensor, iteration: int, places: range
+) -> Tensor:
+    """Uniforms (n, S, M) as --query-times and --min-query-time want them, still in [0, 1)."""
+    _, S, M = uniforms.shape
+    if config.query_times == "stratified":
+        generator = torch.Generator().manual_seed(training_seed(config.seed, iteration))
+        strata = [torch.randperm(config.batch * M, generator=generator) for _ in range(S)]
+        strata = torch.stack(strata).view(S, -1, M)[:, list(places)].transpose(0, 1)
+        uniforms = (strata + uniforms) / (config.batch * M)
+    size = 1 / config.nfe
+    below = (config.min_query_time - (tau_src - size)).clamp(0, size)  #           (n, S)
+    return uniforms * (1 - below / size)[..., None]
 
 
 def query_times(config: Settings, tau_src: Tensor, uniforms: Tensor) -> np.ndarray:

@@ -26,9 +26,7 @@ from imagenet.checkpoints import TEACHERS, load_dit, save_dit
 from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample
 
-SMALL = DiTConfig(
-    hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10, decoder=PIXELS
-)
+SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10, decoder=PIXELS)
 CPU = torch.device("cpu")
 
 
@@ -53,6 +51,7 @@ def flags(teacher: str, out, **changes) -> list[str]:
     options |= {"guidance": 1.5, "guidance_interval": (0, 0.8), "dropout": 0.3}
     options |= {"device": "cpu", "lr": 1e-3, "time_weight": 0.0, "loss_scale": 1.0}
     options |= {"num_intermediates": 2, "solver": "deis"}
+    options |= {"query_times": "uniform", "min_query_time": 0.0}
     options |= {"beta2": 0.99, "clip": 1.0, "clip_start": 0, "ema_start": 0, "lr_decay": "none"}
     argv = []
     for name, value in (options | changes).items():
@@ -258,6 +257,23 @@ def test_draws_have_the_right_distribution():
     assert abs(draws.dropped.float().mean() - (0.3 - 0.3**5 / 5)) < 0.01
     neighbours = (draws.noise[1:] * draws.noise[:-1]).mean()
     assert neighbours.abs() < 0.01
+
+
+@pytest.mark.parametrize("nfe, lows", [(1, [0.125]), (2, [0.5, 0.125]), (8, [0.875, 0.125])])
+def test_query_times_stratified_and_above_the_last_substep(nfe, lows):
+    options = {"query_times": "stratified", "min_query_time": 0.125, "num_intermediates": 2}
+    config = settings(batch=6, nfe=nfe, **options)
+    draws = distill.draw(config, SMALL, None, 4, range(6))
+    for s, low in ((0, lows[0]), (-2 if nfe == 8 else -1, lows[-1])):
+        high = 1 - (s % nfe) / nfe
+        strata = (high - draws.times[:, s]) / (high - low) * 12  #  one query in each of twelve
+        assert sorted(strata.astype(int).flatten()) == list(range(12))
+    if nfe == 8:  # its last segment lies below: one time, where it starts
+        assert (draws.times[:, -1] == 0.125).all()
+    parts = [distill.draw(config, SMALL, None, 4, places) for places in (range(2), range(2, 6))]
+    assert torch.equal(draws.uniforms, torch.cat([part.uniforms for part in parts]))
+    later = distill.draw(config, SMALL, None, 5, range(6))
+    assert (draws.times[:, 0].argsort(0) != later.times[:, 0].argsort(0)).any()
 
 
 # -- the loss --------------------------------------------------------------------------------------

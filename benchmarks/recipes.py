@@ -1,0 +1,125 @@
+"""Recipes for a 1-NFE student of the tiny teacher, side by side at a small budget.
+
+    python -m benchmarks.recipes                                 # 4 core-minutes a row
+    python -m benchmarks.recipes --recipes tiny k8 --seeds 0 1 2 --iterations 1000
+
+A recipe is what it changes in the preset `tiny` of imagenet.distill: add a row to RECIPES and
+compare. Frechet distances are multiples of the teacher's (64 Euler steps) on the same noises: set A
+has the seeds from 0, set B those from 10000. Choose on B, report A. The endpoint RMSE is over the
+first 200 noises of A. Short runs rank the large effects only.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import print_table
+from common.cli import keep_freed_memory, parse, run_cli, setting
+from common.teachers import endpoint_rmse, integrate_teacher
+from imagenet import distill, fashion
+from imagenet.checkpoints import load_dit
+from imagenet.dit import dit_student, guided_teacher
+from imagenet.metrics import frechet_distance
+from piflow_minimal import sample
+
+RECIPES = {
+    "tiny": {},
+    "before": {
+        "components": 8, "query_times": "uniform", "min_query_time": 0.0, "time_weight": 1.0,
+        "total_substeps": 16,
+    },
+    "k8": {"components": 8},
+    "uniform-times": {"query_times": "uniform"},
+    "no-floor": {"min_query_time": 0.0},
+    "weight-t": {"time_weight": 1.0},
+    "8-substeps": {"total_substeps": 8, "min_query_time": 0.0442},
+    "dropout": {"dropout": 0.05},
+    "two-queries": {"num_intermediates": 2, "batch": 16},
+}  # fmt: skip
+TEACHER_STEPS = 64  # Euler
+SETS = {"A": 0, "B": 10_000}  # seed of the first noise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of the benchmark."""
+
+    recipes: tuple[str, ...] = setting(tuple(RECIPES), "recipes to train", choices=RECIPES)
+    seeds: tuple[int, ...] = setting((0,), "training seeds", low=0)
+    iterations: int = setting(500, "optimizer steps of each run", low=1)
+    samples: int = setting(1000, "images of a distance, more than 64", low=65)
+    out: Path = setting(Path("outputs/recipes"), "folder for the runs")
+
+
+def noises(first: int, n: int) -> tuple[Tensor, Tensor]:
+    """Noise (n, 4, 14, 14), each from a generator of its own as in imagenet.sample, and labels."""
+    draws = [torch.Generator().manual_seed(first + i) for i in range(n)]
+    return torch.stack([torch.randn(4, 14, 14, generator=g) for g in draws]), torch.arange(n) % 10
+
+
+@torch.no_grad()
+def teacher_ends(first: int, n: int) -> Tensor:
+    """The teacher's x_0 for n noises."""
+    config, net = distill.PRESETS["tiny"], load_dit(fashion.TEACHER)
+    ends = []
+    for x, labels in zip(*(part.split(100) for part in noises(first, n)), strict=True):
+        teacher = guided_teacher(net, labels, config.guidance, config.guidance_interval)
+        ends.append(integrate_teacher(teacher, x, TEACHER_STEPS))
+    return torch.cat(ends)
+
+
+@torch.no_grad()
+def student_ends(path: Path, config: distill.Settings, first: int, n: int) -> Tensor:
+    """The student's x_0, sampled as it was trained."""
+    net, ends = load_dit(path), []
+    options = {"total_substeps": config.total_substeps, "solver": config.solver}
+    for x, labels in zip(*(part.split(100) for part in noises(first, n)), strict=True):
+        ends.append(sample(dit_student(net, labels, 1 / config.nfe), x, config.nfe, **options))
+    return torch.cat(ends)
+
+
+def distance(x_0: Tensor) -> float:
+    """Frechet distance of the images, as imagenet.sample rounds them, to the training set."""
+    pixels = (fashion.to_images(x_0) * 127.5 + 127.5).round().clamp(0, 255)
+    return frechet_distance(pixels / 127.5 - 1)
+
+
+def run(name: str, seed: int, settings: Settings) -> tuple[distill.Settings, Path, float]:
+    """Trains one recipe. -> its settings, the student's file, core-minutes."""
+    out = settings.out / f"{name}-seed{seed}-{settings.iterations}"
+    changes = RECIPES[name] | {"out": out, "seed": seed, "iterations": settings.iterations}
+    changes |= {"device": "cpu", "picture_every": 0}
+    argv = [part for key, value in changes.items()
+            for part in ("--" + key.replace("_", "-"), str(value))]  # fmt: skip
+    start = time.process_time()
+    distill.main(argv)
+    minutes = (time.process_time() - start) / 60
+    return distill.read_settings(argv), out / "student.safetensors", minutes
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains every recipe and prints the table."""
+    settings = parse(Settings, __doc__, argv)
+    keep_freed_memory()
+    ends = {name: teacher_ends(first, settings.samples) for name, first in SETS.items()}
+    unit = {name: distance(x_0) for name, x_0 in ends.items()}
+    header = ["recipe", "seed", "iterations", "core-minutes", "A", "B", "endpoint RMSE"]
+    rows = [["teacher", "", "", "", *(f"{unit[name]:.1f}" for name in SETS), ""]]
+    for recipe in settings.recipes:
+        for seed in settings.seeds:
+            config, path, minutes = run(recipe, seed, settings)
+            found = {name: student_ends(path, config, first, settings.samples)
+                     for name, first in SETS.items()}  # fmt: skip
+            times = [f"{distance(found[name]) / unit[name]:.2f} x" for name in SETS]
+            rmse = endpoint_rmse(found["A"][:200], ends["A"][:200])
+            rows.append(
+                [recipe, seed, settings.iterations, f"{minutes:.1f}", *times, f"{rmse:.3f}"]
+            )
+            print_table(header, rows)
+
+
+if __name__ == "__main__":
+    run_cli(main)
