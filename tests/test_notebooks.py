@@ -86,12 +86,24 @@ def test_has_a_short_run_and_needs_no_install(path):
 
 
 @each_notebook
-def test_exercises_have_solutions(path):
+def test_three_exercises_that_check_themselves_with_solutions_at_the_end(path):
     if path.stem.startswith("05"):
         pytest.skip("no exercises")
-    text = "\n".join(source(cell) for cell in cells_of(path, "markdown"))
-    exercises = text.split("## Exercises")[1].split("## Solutions")[0]
-    assert len(re.findall(r"^\d\. ", exercises, re.MULTILINE)) == 3
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    text = "\n\n".join(source(cell) for cell in cells)
+    exercises, solutions = text.split("## Exercises")[1].split("## Solutions")
+    assert re.findall(r"^\*\*(\d)\. ", exercises, re.MULTILINE) == ["1", "2", "3"]
+    assert exercises.count("<details><summary>Hint</summary>") == 3
+    for n in "123":
+        check = exercises.split(f"def check_{n}(")[1].split("\n\n\n")[0]
+        assert "assert " in check, "a check that cannot fail"
+        assert f"\ncheck_{n}(my_" in exercises or n == "3" and "\ncheck_3(" in exercises
+        assert re.search(rf"^check_{n}\(", solutions, re.MULTILINE), f"no solution of {n}"
+    printed = [o["text"] for cell in cells for o in cell.get("outputs", []) if "text" in o]
+    printed = "".join("".join(part) for part in printed)
+    for n in "123":
+        assert f"exercise {n}: no answer yet" in printed
+        assert f"exercise {n}: right" in printed, "the stored solution does not pass its check"
 
 
 @each_notebook
