@@ -8,10 +8,14 @@ grid of time (DX). The published files say which, and so do their names (gm..., 
     spec = policy_of(adapter)
     apply_adapter(pipe.transformer, adapter)       # checks everything first
     policy = spec.build(evaluate(pipe, family, x, t, conditions), x, t)
+
+Style LoRAs of the base model go beside the adapter's own (`read_style`). Adapters and LoRAs are
+data: safetensors and JSON; a file that could hold a program is not opened.
 """
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
-from text_to_image.pipelines import PATCH, require_package, unpack
+from text_to_image.pipelines import PATCH, naming, require_package, unpack
 
 LORA_NAME = "piflow"
+REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter
+HUB_NAME = r"[\w.-]+/[\w.-]+(/[\w.-]+)*"  # user/repository[/folder]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -111,38 +117,41 @@ def read_adapter(where: str) -> Adapter:
 
     Raises: OSError if it cannot be read, ValueError if its metadata are not understood.
     """
-    from safetensors import SafetensorError, safe_open
+    require_package("safetensors", "reading an adapter")
+    from safetensors import safe_open
 
-    name, files = "diffusion_pytorch_model", {}
-    if Path(where).is_dir():
-        files = {suffix: Path(where) / suffix for suffix in ("config.json", f"{name}.safetensors")}
-        for path in files.values():
-            if not path.is_file():
-                raise OSError(f"adapter {where}: there is no {path.name}")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", where):
-        from huggingface_hub import hf_hub_download
-
-        repo, folder = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:]) or None
-        for file in ("config.json", f"{name}.safetensors"):
-            files[file] = hf_hub_download(repo, file, subfolder=folder)
-    else:
-        raise OSError(f"adapter {where!r} is neither a folder nor a Hub name (user/repo[/folder])")
-
-    config = _json_object(Path(files["config.json"]).read_text(), f"adapter {where}: config.json")
-    try:
-        with safe_open(files[f"{name}.safetensors"], "pt") as file:
-            tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
-            text = (file.metadata() or {}).get("policy_config")
-    except SafetensorError as error:
-        raise ValueError(f"adapter {where}: {name}.safetensors is damaged ({error})") from error
-    policy = None if text is None else _json_object(text, f"adapter {where}: policy_config")
+    paths, what = [], f"adapter {where}"
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        if Path(where).is_dir():
+            paths.append(Path(where) / file)
+            if not paths[-1].is_file():
+                raise OSError(f"{what}: there is no {file}")
+        elif re.fullmatch(HUB_NAME, where) and not Path(where).exists():
+            paths.append(_from_hub(where, file, what))
+        else:
+            raise OSError(f"{what} is neither a folder nor a Hub name (user/repo[/folder])")
+    config = _json_object(paths[0].read_bytes(), f"{what}: config.json")
+    with naming(f"{what}: {paths[1].name} is damaged"), safe_open(paths[1], "pt") as file:
+        tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
+        text = (file.metadata() or {}).get("policy_config")
+    policy = None if text is None else _json_object(text.encode(), f"{what}: policy_config")
     return Adapter(where, config, tensors, policy)
 
 
-def _json_object(text: str, what: str) -> dict:
+def _from_hub(where: str, file: str, what: str) -> Path:
+    require_package("huggingface_hub", "downloading an adapter")
+    from huggingface_hub import hf_hub_download
+
+    user, repository, *folders = where.split("/")
+    folder = "/".join(folders) or None
+    with naming(f"{what} is no folder or file here, and was not found on the Hub"):
+        return Path(hf_hub_download(f"{user}/{repository}", file, subfolder=folder))
+
+
+def _json_object(text: bytes, what: str) -> dict:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text.decode("utf-8-sig"))
+    except ValueError:  # not UTF-8, or not JSON
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{what} is not a JSON object: {text[:60]!r}")
@@ -197,9 +206,7 @@ def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
         as_list = [list(v) if isinstance(v, list | tuple) else v for v in (value, base[key])]
         if as_list[0] != as_list[1]:
             raise ValueError(f"{name} is for a base with {key} {value}, this one has {base[key]}")
-    channels = base["in_channels"]
-    if not adapter.is_gm and (config.get("out_channels") or 1) % channels:
-        raise ValueError(f"{name}: out_channels must be a multiple of {channels}")
+    _check_head(adapter, base["in_channels"])
 
     expected = expected_shapes(transformer, adapter)
     given = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
@@ -215,6 +222,33 @@ def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
     if any(problems.values()):
         lists = (f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{name} does not fit; tensors {'; '.join(lists)}")
+
+
+def _check_head(adapter: Adapter, channels: int) -> None:
+    """Raises: ValueError unless the head is of a known kind and for tokens of so many channels."""
+    config, name = adapter.config, f"adapter {adapter.name}"
+    keys = ["num_gaussians", "gm_num_logstd_layers", "logstd_inner_dim"] if adapter.is_gm else []
+    for key in keys or ["out_channels"]:
+        value = config.get(key, 1 if adapter.is_gm else None)
+        if not isinstance(value, int) or not 0 < value < 2**20:
+            raise ValueError(f"{name}: {key} in its config.json is {value!r}, not a whole number")
+    if config.get("constant_logstd") is not None or config.get("logweights_channels", 4) != 4:
+        raise ValueError(
+            f"{name}: heads with constant_logstd, or with logweights_channels other than 4, are "
+            "not supported"
+        )
+    if not adapter.is_gm:
+        if config["out_channels"] % channels:
+            given = f"out_channels {config['out_channels']}"
+            raise ValueError(f"{name}: {given}, not a multiple of the base's {channels} channels")
+        return
+    means = adapter.tensors.get("proj_out_means.weight")
+    rows, components = 0 if means is None else len(means), config["num_gaussians"]
+    if rows and rows != components * channels:
+        raise ValueError(
+            f"{name}: its head has {rows} rows, {rows / components:g} channels for each of "
+            f"{components} components; the base has tokens of {channels} channels"
+        )
 
 
 def _first(names: Sequence[str], most: int = 8) -> str:
@@ -258,15 +292,8 @@ def _empty_head(transformer: nn.Module, adapter: Adapter) -> nn.Module:
     config = adapter.config
     if not adapter.is_gm:
         return nn.Linear(width, config["out_channels"], bias="proj_out.bias" in adapter.tensors)
-    if config.get("constant_logstd") is not None or config.get("logweights_channels", 4) != 4:
-        raise ValueError(
-            f"adapter {adapter.name}: heads with constant_logstd, or with logweights_channels "
-            "other than 4, are not supported"
-        )
-    layers = config.get("gm_num_logstd_layers", 2)
-    return GMHead(
-        width, channels, config["num_gaussians"], config.get("logstd_inner_dim", 1024), layers
-    )
+    inner, layers = config.get("logstd_inner_dim", 1024), config.get("gm_num_logstd_layers", 2)
+    return GMHead(width, channels, config["num_gaussians"], inner, layers)
 
 
 def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) -> None:
@@ -302,3 +329,125 @@ def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) 
     if adapter.is_gm:
         transformer.proj_out.watch(transformer.norm_out)
     transformer.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Style LoRAs
+# ------------------------------------------------------------------------------------------------
+
+
+def style_file(where: str) -> Path:
+    """The file of a style LoRA: a .safetensors file, a folder with one, or a Hub name.
+
+    On the Hub it is "user/repository/[folder/]file.safetensors", or without a file name
+    pytorch_lora_weights.safetensors. Raises: OSError or ValueError that names it.
+    """
+    path, what = Path(where), f"LoRA {where}"
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() == ".safetensors")
+        if len(files) != 1:
+            raise ValueError(f"{what}: the folder has {len(files)} .safetensors files; name one")
+        return files[0]
+    suffix = path.suffix.lower()
+    if suffix in (".bin", ".ckpt", ".pt", ".pth") or (path.is_file() and suffix != ".safetensors"):
+        raise ValueError(f"{what}: only .safetensors files are read; others can hold programs")
+    if path.is_file():
+        return path
+    if not re.fullmatch(HUB_NAME, where):
+        raise OSError(f"{what} is neither a file, a folder nor a Hub name (user/repo[/file])")
+    folder, _, file = where.rpartition("/")
+    if suffix != ".safetensors" or "/" not in folder:
+        folder, file = where, "pytorch_lora_weights.safetensors"
+    return _from_hub(folder, file, what)
+
+
+def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Any:
+    """Reads a style LoRA and compares it with the base -> what its `load_lora_weights` takes.
+
+    Args: pipeline: class of the base pipeline; modules: its transformer and text encoders, which
+        may be on the meta device.
+    Raises: OSError or ValueError if it cannot be read, fits no layer, or a layer of another size.
+    Warns: once, if layers are not used, because the base has none or the adapter replaces them.
+    """
+    path, what = style_file(where), f"LoRA {where}"
+    known = {
+        f"{part}.{name.removeprefix('text_model.')}": layer
+        for part in pipeline._lora_loadable_modules
+        for name, layer in modules[part].named_modules()
+    }
+    with naming(what):
+        source = _in_diffusers_names(path, modules["transformer"]) or str(path)
+        copy = dict(source) if isinstance(source, dict) else source
+        converted = pipeline.lora_state_dict(copy, use_safetensors=True)
+    halves: dict[str, set] = {}  # layer -> names of its tensors
+    for key, tensor in converted.items():
+        key = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_", key)  # of kohya's text encoders
+        match = re.fullmatch(r"(.+)\.(?:lora|lokr)_(.+?)(?:\.weight)?", key)
+        name, half = match.groups() if match else (key, "")
+        name = name.replace("text_encoder.text_model.", "text_encoder.")  # as of transformers 5
+        halves.setdefault(name, set()).add(half)
+        layer = getattr(known.get(name), "base_layer", known.get(name))
+        if half in ("A", "B") and isinstance(layer, nn.Linear):
+            given = tensor.shape[1] if half == "A" else tensor.shape[0]
+            own = layer.in_features if half == "A" else layer.out_features
+            if given != own:
+                raise ValueError(f"{what}: {name} has a side of {given}, in this base it has {own}")
+    layers = halves.keys()
+    if single := sorted(name for name in layers if halves[name] in ({"A"}, {"B"})):
+        raise ValueError(f"{what}: lora_A or lora_B is missing in {_first(single, 4)}")
+    replaced = {name for name in layers & known.keys() if name.startswith(REPLACED)}
+    used, other = (layers & known.keys()) - replaced, layers - known.keys()
+    parts = {"not in this base": other, "replaced by the adapter": replaced}
+    told = [f"{kind}: {_first(sorted(names), 4)}" for kind, names in parts.items() if names]
+    if not used:
+        raise ValueError(f"{what}: none of its {len(layers)} layers is used; {'; '.join(told)}")
+    if told:
+        counts = f"{len(used)} of {len(layers)} layers are used"
+        warnings.warn(f"{what}: {counts}; {'; '.join(told)}", stacklevel=3)
+    if isinstance(source, dict):
+        others = tuple(f"{name}." for name in other | replaced)
+        return {key: value for key, value in source.items() if not f"{key}.".startswith(others)}
+    return source
+
+
+def _in_diffusers_names(path: Path, transformer: nn.Module) -> dict[str, Tensor] | None:
+    """A LoRA whose layers have their names in diffusers, under any prefix, as diffusers saves it.
+
+    Such files come from peft, ComfyUI, DiffSynth and others; the library reads part of them only.
+    alpha, here or in the adapter_config.json of peft beside the file, goes into the weights.
+    Returns: None for other names (kohya, Black Forest Labs, ...), which the library translates,
+        and for files that it saved itself.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        if "lora_adapter_metadata" in (file.metadata() or {}):
+            return None
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    layers, scale, found = dict(transformer.named_modules()), 1.0, {}
+    config = path.parent / "adapter_config.json"
+    if config.is_file() and any(key.startswith("base_model.") for key in tensors):
+        options = _json_object(config.read_bytes(), config.name)
+        if options.get("rank_pattern") or options.get("alpha_pattern") or options.get("use_dora"):
+            raise ValueError(f"{config.name}: rank_pattern, alpha_pattern, use_dora: not supported")
+        rank = options["r"] ** (0.5 if options.get("use_rslora") else 1)
+        scale = options["lora_alpha"] / rank
+    name = re.compile(
+        r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|transformer\.)*"
+        r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|alpha)"
+    )
+    matches = {key: match for key in tensors if (match := name.fullmatch(key))}
+    if not any(match[1] in layers for match in matches.values()):
+        return None
+    alphas = {m[1]: tensors[key].item() for key, m in matches.items() if m[2] is None}
+    for key, match in matches.items():
+        layer, half = match[1], {"down": "A", "up": "B"}.get(match[2], match[2])
+        if half is None:
+            continue
+        if half == "B":
+            rank = tensors[key].shape[1]
+            tensors[key] = tensors[key] * scale * alphas.get(layer, rank) / rank
+        part = "" if layer.startswith("text_encoder.") else "transformer."
+        found[f"{part}{layer}.lora_{half}.weight"] = tensors[key]
+    others = {key: tensors[key] for key in tensors.keys() - matches.keys()}
+    return dict(sorted((found | others).items()))

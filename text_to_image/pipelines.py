@@ -1,7 +1,7 @@
-"""Qwen-Image, FLUX.1 and FLUX.2 through diffusers: what text_to_image.py and toy_qwen.py share.
+"""Qwen-Image, FLUX.1 and FLUX.2 through diffusers, behind one interface.
 
 The base pipeline of diffusers does prompts, reference images, VAE, quantisation and offloading.
-This file puts the three families behind one interface in NCHW latents, x (B, C, H, W):
+Latents are NCHW in all three families, x (B, C, H, W):
 
     conditions = encode_prompts(pipe, family, prompts)       text encoder
     tokens = evaluate(pipe, family, x, t, conditions)        one network evaluation
@@ -12,11 +12,13 @@ Nothing here knows about policies. Latent tokens are 2 x 2 patches, row by row; 
 token are (channel, row in patch, column in patch), slowest first, in all three families.
 """
 
+import contextlib
 import gc
 import importlib.util
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +67,36 @@ def require_package(name: str, why: str, install: str | None = None) -> None:
 
 def import_diffusers() -> Any:
     """The diffusers module, or an ImportError that says what to install."""
-    require_package("diffusers", "this script", "-r requirements-extra.txt")
-    require_package("transformers", "this script", "-r requirements-extra.txt")
+    for name in ("diffusers", "transformers"):
+        require_package(name, "text to image", "-r requirements-extra.txt")
     import diffusers
 
     return diffusers
+
+
+def library_class(module: Any, name: str) -> type:
+    """A class of diffusers or transformers. Raises: ImportError if this version has none."""
+    if not hasattr(module, name):
+        package, version = module.__name__, module.__version__
+        raise ImportError(f"{package} {version} has no {name}: pip install -U {package}")
+    return getattr(module, name)
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Errors of a library, of whatever type, become one that begins with `what`: the file at fault.
+
+    Raises: OSError for an OSError, else ValueError; ImportError and lack of memory as they are.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        known = isinstance(error, OSError | ValueError) and str(error)
+        reason = error if known else f"{type(error).__name__} {error}"
+        raise kind(f"{what}: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,6 +125,26 @@ def latent_shape(pipe: Any, height: int, width: int) -> tuple[int, int, int]:
 def size_step(pipe: Any) -> int:
     """Image sides must be multiples of this: 16 for all three families."""
     return pipe.vae_scale_factor * PATCH
+
+
+def check_channels(transformer: torch.nn.Module, vae: torch.nn.Module) -> None:
+    """Raises: ValueError unless a transformer's tokens are 2 x 2 patches of a VAE's latents."""
+    tokens = transformer.config["in_channels"]
+    latents = vae.config.get("latent_channels") or vae.config["z_dim"]
+    if tokens != PATCH**2 * latents:
+        given = f"the transformer takes {tokens} channels per token"
+        raise ValueError(f"{given}, the VAE gives {PATCH**2} x {latents}")
+
+
+def trained_guidance(transformer: torch.nn.Module, family: Family) -> float | None:
+    """The embedded guidance of a family's adapters; None if the transformer embeds none.
+
+    Raises: ValueError if it embeds one although the family has none.
+    """
+    embeds = transformer.config.get("guidance_embeds", False)
+    if embeds and family.guidance is None:
+        raise ValueError(f"the transformer embeds a guidance; {family.name} adapters have none")
+    return family.guidance if embeds else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,12 +204,55 @@ def encode_prompts(
     return Conditions(encoded[0])
 
 
+def read_image(image: Any) -> Any:
+    """A PIL image, or a path to one, as diffusers reads it: upright, RGB, 8 bits.
+
+    16-bit images are scaled, transparent ones are put on white (diffusers shows what is hidden).
+    Warns: once, about what was changed. Raises: OSError or ValueError that names the file.
+    """
+    require_package("PIL", "reading images", "pillow")
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    name, notes = f"image {image if isinstance(image, str | Path) else ''}".strip(), []
+    with naming(name), contextlib.ExitStack() as files:
+        if isinstance(image, str | Path):
+            image = files.enter_context(Image.open(image))
+        image.load()
+        if getattr(image, "n_frames", 1) > 1:
+            notes.append(f"first of {image.n_frames} frames")
+        if image.getexif().get(0x0112, 1) != 1:  # orientation
+            image = ImageOps.exif_transpose(image)
+            notes.append("turned upright (EXIF)")
+        if image.mode == "F":
+            raise ValueError("floating-point pixels; use 8 or 16 bits")
+        if image.mode.startswith("I"):
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"pixels {values.min()} to {values.max()}; use 8 or 16 bits")
+            image = Image.fromarray((values / 257).round().astype(np.uint8))
+            notes.append("16 bits scaled to 8")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if image.getextrema()[3][0] < 255:
+                notes.append("transparent pixels on white")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    if notes:
+        warnings.warn(f"{name}: {', '.join(notes)}", stacklevel=2)
+    return image
+
+
 def reference_size(pipe: Any, image: Any) -> tuple[int, int]:
     """(height, width) that a PIL image has as a reference: at most a megapixel, multiples of 16."""
-    if image.width * image.height > REFERENCE_AREA:
-        image = pipe.image_processor._resize_to_target_area(image, REFERENCE_AREA)
-    step = size_step(pipe)
+    image, step = _shrunk(pipe, image), size_step(pipe)
     return image.height // step * step, image.width // step * step
+
+
+def _shrunk(pipe: Any, image: Any) -> Any:
+    if image.width * image.height <= REFERENCE_AREA:
+        return image
+    return pipe.image_processor._resize_to_target_area(image, REFERENCE_AREA)
 
 
 @torch.no_grad()
@@ -173,12 +263,11 @@ def encode_references(pipe: Any, images: Sequence[Any], samples: int) -> tuple[T
     Raises: ValueError if an image is too small or too narrow for it.
     """
     processor, tensors = pipe.image_processor, []
-    for image in images:
-        processor.check_image_input(image)
-        height, width = reference_size(pipe, image)
-        if image.width * image.height > REFERENCE_AREA:
-            image = processor._resize_to_target_area(image, REFERENCE_AREA)
-        tensors.append(processor.preprocess(image, height, width, resize_mode="crop"))
+    for i, image in enumerate(images):
+        with naming(f"reference image {i + 1}"):
+            processor.check_image_input(image)
+            size = reference_size(pipe, image)
+            tensors.append(processor.preprocess(_shrunk(pipe, image), *size, resize_mode="crop"))
     return pipe.prepare_image_latents(
         tensors, samples, None, pipe._execution_device, pipe.vae.dtype
     )
@@ -222,17 +311,13 @@ def network_inputs(
 
 @torch.no_grad()
 def evaluate(
-    pipe: Any,
-    family: Family,
-    x: Tensor,
-    t: Tensor,
-    conditions: Conditions,
+    pipe: Any, family: Family, x: Tensor, t: Tensor, conditions: Conditions,
     guidance: float | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """One network evaluation. x: (B, C, H, W), t: (B,) noise level -> what its head returns.
 
     For a base model that is tokens (B, >= S, 4 C) of the velocity: give them to `unpack`. All three
-    networks take t in [0, 1] and scale it themselves.
+    networks take t in [0, 1] and scale it themselves. guidance: if the transformer embeds one.
     """
     inputs = network_inputs(family, x, t, conditions, guidance)
     return pipe.transformer(**inputs, return_dict=False)[0]
@@ -329,24 +414,24 @@ def quantization_config(family: Family, quantize: str, dtype: torch.dtype) -> An
 
 
 def load_base(
-    family: Family,
-    base: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    quantize: str = "none",
-    without: Sequence[str] = (),
-) -> Any:
+    family: Family, base: str | None = None, dtype: torch.dtype = torch.bfloat16,
+    quantize: str = "none", without: Sequence[str] = (),
+) -> Any:  # fmt: skip
     """The base pipeline of diffusers, on the CPU; `without` names components to leave out.
 
+    Weights are read from safetensors files alone: nothing is unpickled.
+
     Args: base: Hub repository or folder in place of the family's.
-    Raises: OSError if it is not there or not readable, ImportError for a missing package.
+    Raises: OSError or ValueError that names the base; ImportError for a missing package.
     """
-    pipeline = getattr(import_diffusers(), family.pipeline)
-    config = quantization_config(family, quantize, dtype)
+    pipeline = library_class(import_diffusers(), family.pipeline)
+    config, base = quantization_config(family, quantize, dtype), base or family.repo
     options = {} if config is None else {"quantization_config": config}
-    with warnings.catch_warnings():  # the argument's new name, dtype, is unknown to diffusers 0.37
+    with warnings.catch_warnings(), naming(f"base {base}"):
+        # the argument's new name, dtype, is unknown to diffusers 0.37
         warnings.filterwarnings("ignore", message=".*torch_dtype.*")
         return pipeline.from_pretrained(
-            base or family.repo, torch_dtype=dtype, **options, **dict.fromkeys(without)
+            base, torch_dtype=dtype, use_safetensors=True, **options, **dict.fromkeys(without)
         )
 
 
@@ -372,21 +457,26 @@ def empty_components(family: Family, base: str | None = None) -> dict[str, torch
     """Transformer, VAE and text encoders on the meta device: shapes without weights.
 
     Made from the configs alone; nothing large is fetched and no memory is used.
+    Raises: OSError or ValueError that names the base; ImportError for an unknown class.
     """
     diffusers = import_diffusers()
     import transformers
 
     base, modules = base or family.repo, {}
-    for name, part in getattr(diffusers, family.pipeline).load_config(base).items():
-        if not isinstance(part, list | tuple) or part[1] is None:
-            continue
-        with torch.device("meta"):
+    with naming(f"base {base}"), torch.device("meta"):
+        index = library_class(diffusers, family.pipeline).load_config(base)
+        for name, part in index.items():
+            if not isinstance(part, list | tuple) or part[1] is None:
+                continue
             if name in ("transformer", "vae"):
-                cls = getattr(diffusers, part[1])
+                cls = library_class(diffusers, part[1])
                 modules[name] = cls.from_config(cls.load_config(base, subfolder=name))
             elif name.startswith("text_encoder"):
-                cls = getattr(transformers, part[1])
+                cls = library_class(transformers, part[1])
                 modules[name] = cls(cls.config_class.from_pretrained(base, subfolder=name))
+        if missing := {"transformer", "vae"} - modules.keys():
+            raise ValueError(f"no {' and '.join(sorted(missing))} in its model_index.json")
+        check_channels(modules["transformer"], modules["vae"])
     return modules
 
 
@@ -397,13 +487,9 @@ def count_parameters(modules: dict[str, torch.nn.Module]) -> dict[str, tuple[int
 
 
 def memory_needed(
-    family: Family,
-    counts: dict[str, tuple[int, int]],
-    quantize: str,
-    offload: str,
-    pixels: int,
+    family: Family, counts: dict[str, tuple[int, int]], quantize: str, offload: str, pixels: int,
     batch: int,
-) -> float:
+) -> float:  # fmt: skip
     """Estimate, in bytes, of the GPU memory for images of `pixels`, `batch` at a time.
 
     Weights from `count_parameters` at 2 bytes (less if quantised): all components, the largest one
@@ -424,16 +510,9 @@ def memory_needed(
 
 
 def check_memory(
-    family: Family,
-    counts: dict[str, tuple[int, int]],
-    quantize: str,
-    offload: str,
-    pixels: int,
-    batch: int,
-    device: torch.device,
-    offloads: Sequence[str] = tuple(OFFLOADS),
-    extra: float = 0.0,
-) -> str:
+    family: Family, counts: dict[str, tuple[int, int]], quantize: str, offload: str, pixels: int,
+    batch: int, device: torch.device, offloads: Sequence[str] = tuple(OFFLOADS), extra: float = 0.0,
+) -> str:  # fmt: skip
     """One line about the memory that a run needs, to be printed before anything is loaded.
 
     Args: offloads: those to suggest; extra: bytes for other things than the networks.
