@@ -318,8 +318,7 @@ def test_a_style_lora_adds_its_product_whatever_its_names(kind, tmp_path):
     [
         lora(f"transformer.{LAYER}")
         | lora("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", None, TEXT.T, TEXT),
-        lora(FLAT_QKV, 2.0, UP, **KOHYA)
-        | lora(FLAT_TEXT, 2.0, TEXT.T, TEXT, **KOHYA),
+        lora(FLAT_QKV, 2.0, UP, **KOHYA) | lora(FLAT_TEXT, 2.0, TEXT.T, TEXT, **KOHYA),
     ],
     ids=["diffusers", "kohya"],
 )

@@ -104,16 +104,16 @@ def test_automatic_temperature():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["gm-qwen", "dx-qwen", "gm-flux", "dx-flux", "gm-flux2"])
+@pytest.mark.parametrize("model", ["gm-qwen", "dx-flux", "gm-flux2"])
 def test_batches_and_seeds(model):
     """Picture i depends on its prompt and on seed + i, not on the others, nor on the batch size."""
     generate = tiny(model)
     prompts = ["a jay", "two long-tailed jays on a snowy branch", "a fox"]
-    together = generate(prompts, 2, **SIZE, seed=5, batch=4, total_substeps=16)
+    together = generate(prompts, 2, **SIZE, seed=5, batch=4, total_substeps=8)
     assert together.seeds == [5, 6, 7, 8, 9, 10] and together.latents.shape == (6, 4, 8, 6)
     assert [image.size for image in together.images] == [(48, 64)] * 6
     for i in (0, 3):
-        one = generate(prompts[i // 2], **SIZE, seed=5 + i, total_substeps=16)
+        one = generate(prompts[i // 2], **SIZE, seed=5 + i, total_substeps=8)
         close(together.latents[i], one.latents[0], 1e-3)
         difference = np.abs(np.subtract(together.images[i], one.images[0], dtype=float)).max()
         assert difference <= 1
@@ -156,7 +156,7 @@ def test_one_network_evaluation_per_step_and_batch(capsys):
 def warned(generate, **options) -> list[str]:
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
-        size = SIZE | {key: options.pop(key) for key in SIZE if key in options}
+        size = {key: options.pop(key, 16) for key in SIZE}
         generate("a jay", **size, total_substeps=4, output="latent", **options)
     messages = (str(note.message) for note in notes)
     return [text for text in messages if text.startswith(("guidance", "nfe", "height"))]
@@ -262,9 +262,7 @@ def test_dx_has_no_temperature():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("model", "case"), [("gm-qwen", "gmqwen"), ("dx-flux", "dxflux"), ("gm-flux2", "gmflux2")]
-)
+@pytest.mark.parametrize(("model", "case"), [("gm-qwen", "gmqwen"), ("gm-flux2", "gmflux2")])
 def test_a_base_and_an_adapter_from_folders(model, case, tmp_path, capsys):
     """The same as putting the adapter on that base by hand; in bfloat16, about the same."""
     family, adapter = dm.FAMILIES[CASES[case]], str(DATA / case / "adapter")
@@ -275,12 +273,13 @@ def test_a_base_and_an_adapter_from_folders(model, case, tmp_path, capsys):
     by_hand = tiny_pipeline(family, seed=3)
     apply_adapter(by_hand.transformer, read_adapter(adapter))
     by_hand = FewStep(by_hand, family, policy_of(read_adapter(adapter)), 4, True)
-    expected = by_hand("a jay", **SIZE, total_substeps=16).latents
-    close(loaded("a jay", **SIZE, total_substeps=16).latents, expected, 1e-5)
+    call = {"prompts": "a jay", **SIZE, "total_substeps": 8}
+    expected = by_hand(**call, output="latent").latents
+    close(loaded(**call).latents, expected, 1e-5)
 
     half = load(model, **options)
     assert half.pipe.transformer.dtype == torch.bfloat16
-    latents = half("a jay", **SIZE, total_substeps=16, output="latent").latents
+    latents = half(**call, output="latent").latents
     assert latents.dtype == torch.float32 and (latents - expected).square().mean() < 0.05
 
 
@@ -328,7 +327,7 @@ def test_quantised_base(model, case, tmp_path):
     plain = {name for name, kind in layers.items() if kind == "Parameter"}
     assert all(name.startswith(("norm_out.", "proj_out")) or "base_layer" in name for name in plain)
     assert len(layers) - len(plain) > 30
-    options = SIZE | {"output": "latent", "total_substeps": 16}
+    options = SIZE | {"output": "latent", "total_substeps": 8}
     a, b = (generate("a jay", **options).latents for generate in (full, quantised))
     assert 0 < (a - b).square().mean() < 0.05
 
@@ -338,11 +337,11 @@ def test_offloading_gives_the_same(offload):
     """From the CPU to the CPU: the hooks of diffusers run, with our head among the layers."""
     plain, offloaded = (load("gm-flux", tiny=True, device="cpu") for _ in range(2))
     dm.place(offloaded.pipe, torch.device("cpu"), offload)
-    options = SIZE | {"total_substeps": 16}
+    options = SIZE | {"total_substeps": 8}
     close(offloaded("a jay", **options).latents, plain("a jay", **options).latents, 0)
 
 
-@pytest.mark.parametrize("model", ["gm-qwen", "dx-flux", "gm-flux2"])
+@pytest.mark.parametrize("model", ["gm-qwen", "dx-flux"])
 def test_a_run_never_reads_the_device_back(model):
     """On a device that computes nothing: nothing is mixed with the CPU, no value is looked at."""
     generate = load(model, tiny=True, device="cpu")
