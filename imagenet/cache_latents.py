@@ -50,10 +50,10 @@ class Settings:
         dataclasses.MISSING, "folder with one subfolder per class", positional=True
     )
     out: str = setting(dataclasses.MISSING, "folder for the shards", positional=True)
-    size: int = setting(256, "side of the images, a multiple of 8", low=8)
+    size: int = setting(256, "side of the images, a multiple of 8", low=8, high=4096)
     shard: int = setting(10_000, "images per shard", low=1)
     batch: int = setting(64, "images that are encoded at once", low=1)
-    workers: int = setting(8, "processes that read images; 0: none", low=0)
+    workers: int = setting(8, "processes that read images; 0: none", low=0, high=256)
     vae: str = setting(VAE, "name on the Hub, or folder, of the VAE")
     device: str = setting("auto", DEVICE_HELP)
 

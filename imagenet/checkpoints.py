@@ -124,7 +124,7 @@ def load_dit(
     Layout, width, depth, head and K or N are read from keys and shapes. What shapes do not tell
     comes from the arguments, else from the header of a file that `save_dit` wrote. Prefixes, stored
     positions, an unused variance half and embeddings repeated in each block are converted, with a
-    warning that says so.
+    warning that tells it.
 
     Args:
         source: a file (.safetensors, .pt, .pth), or `owner/repository/path/in/repository` on the

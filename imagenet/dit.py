@@ -179,7 +179,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network. Called as net(x, t, labels); `net.config` says what it is.
+    """The network. Called as net(x, t, labels); `net.config` states what it is.
 
     `checkpointing = True` recomputes each block in the backward pass instead of storing it.
     """

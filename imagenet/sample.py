@@ -73,8 +73,8 @@ class Settings:
         positional=True,
     )  # fmt: skip
     out: str = setting("", "folder for the results; default: by model and nfe, in outputs/samples")
-    count: int = setting(1000, "images", low=1)
-    nfe: int = setting(0, "steps; 0: as trained, 64 for a teacher", low=0)
+    count: int = setting(1000, "images", low=1, high=10_000_000)
+    nfe: int = setting(0, "steps; 0: as trained, 64 for a teacher", low=0, high=10_000)
     iteration: int = setting(0, "checkpoint of a run; 0: its newest student", low=0)
     labels: str = setting("balanced", "classes and seeds", choices=("balanced", "published"))
     classes: tuple[int, ...] = setting((), "classes, in turn; default: all of them")
@@ -84,16 +84,19 @@ class Settings:
     guidance_interval: tuple[float, float] | None = setting(
         None, "noise levels with guidance; default: the run's", metavar=("LOW", "HIGH")
     )
-    pairs: int = setting(-1, "images to compare with a teacher; -1: 200 for tiny, else 0", low=-1)
+    pairs: int = setting(-1, "images compared with a teacher; -1: 200 for tiny, else 0", low=-1)
     teacher: str = setting("", "teacher of the pairs; default: the run's, or tiny for a tiny model")
-    teacher_steps: int = setting(64, "Euler steps of the teacher of the pairs", low=1)
+    teacher_steps: int = setting(64, "Euler steps of that teacher", low=1, high=10_000)
 
-    total_substeps: int = setting(0, "substeps per unit of tau; 0: as trained, or 128", low=0)
-    solver: str | None = setting(
-        None, "default: as trained, or exact (dx), euler", choices=("euler", "deis", "exact")
+    total_substeps: int = setting(
+        0, "substeps per unit of tau; 0: as trained, or 128", low=0, high=10_000
     )
+    solver: str | None = setting(
+        None, "solver of the policy rollout; default: as trained, else exact for dx, euler",
+        choices=("euler", "deis", "exact"),
+    )  # fmt: skip
     h: float = setting(0.0, "noise between a student's steps; inf: full", low=0, high=math.inf)
-    temperature: float = setting(1.0, "of a gmflow student, before the last step", above=0)
+    temperature: float = setting(1.0, "temperature of a gmflow student, not in the last step", above=0)
     trained_nfe: int = setting(0, "segments of a dx student whose folder does not state it", low=0)
     num_heads: int = setting(0, "fallback if the file does not state it; 0: 16", low=0)
     time_scale: float = setting(0.0, "fallback if the file does not state it; 0: 1", low=0)
