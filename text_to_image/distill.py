@@ -150,7 +150,7 @@ def tiny(settings: Settings) -> Settings:
     """A preset's numbers for the small stand-ins."""
     return replace(
         settings, tiny=True, out="outputs/t2i_tiny", lora_rank=8, lora_dropout=0.0, logstd_width=32,
-        iterations=200, mixing_iterations=min(settings.mixing_iterations, 100), batch=4,
+        iterations=100, mixing_iterations=min(settings.mixing_iterations, 50), batch=4,
         micro_batch=4, lr=2e-3, warmup=10, clip_start=20, ema_start=20, total_substeps=64,
         checkpointing=False, save_every=100, device="cpu",
     )  # fmt: skip

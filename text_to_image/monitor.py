@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import imagenet.distributed as runs
 import text_to_image.pipelines as dm
+from common.plots import image_rows
 from common.teachers import endpoint_rmse, integrate_teacher
 from imagenet.monitor import due
 from piflow_minimal import sample
@@ -106,7 +107,9 @@ class PairedEval:
             rows = {f"student, {s.nfe} evaluations": self.decode(x_0)}
             rows[f"teacher, {s.teacher_steps} steps"] = self.decode(self.target)
             path = runs.join(s.out, "pictures", f"step_{run.iteration:08d}.png")
-            runs.draw_rows(path, rows, f"the same prompts and noise, iteration {run.iteration}")
+            figure = image_rows(rows, f"the same prompts and noise, iteration {run.iteration}")
+            with runs.writing(path) as temporary:
+                figure.savefig(temporary, format="png")
         return endpoint_rmse(x_0, self.target)
 
     def decode(self, x: Tensor) -> Tensor:
