@@ -196,7 +196,7 @@ class DXPolicy:
         tau, tau_end, n = *(unshift_time(v, self.shift) for v in (t, t_end)), self.x0.shape[1]
         knots = torch.linspace(0, 1, n, device=t.device, dtype=t.dtype)[:, None] * self.length
         logs = (knots + self.tau_end).minimum(tau).maximum(tau_end).log().diff(dim=0)  # (N - 1, B)
-        logs = (logs * (n - 1) / self.length).T.reshape(-1, n - 1, *[1] * (x.ndim - 1))
+        logs = (logs * (n - 1) / self.length).T.reshape(len(x), n - 1, *[1] * (x.ndim - 1))
         ends = self.x0_hat(t_end) / _expand(tau_end, x) - self.x0_hat(t) / _expand(tau, x)
         integral = ends + (logs * self.x0.diff(dim=1)).sum(1)  #                  (B, C, *)
         return _expand(t_end / t, x) * _upcast(x) + _expand(t_end / self.shift, x) * integral
