@@ -129,7 +129,7 @@ def load_dit(
     Args:
         source: a file (.safetensors, .pt, .pth), or `owner/repository/path/in/repository` on the
             Hugging Face Hub.
-        num_heads: of the attention; 16 if neither this nor the file states it.
+        num_heads: of the attention; known for the widths of DiT-S, B, L and XL.
         time_scale: factor applied to t before the time embedding; 1.0 if neither this nor the file
             states it. The published flow-matching teacher and its students need 1000, REPA's 1.
         latent_size: that it was trained at; as the stored positions or the header say, else 32.
@@ -216,6 +216,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("config", "{}"))
+                if not isinstance(header, dict):
+                    raise ValueError(f"{path} has a config in its header that is no dict")
                 return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
@@ -291,6 +293,7 @@ PUBLISHED_NAMES = {
 }
 PUBLISHED_QKV = tuple(f"transformer_blocks.*.attn1.to_{part}" for part in "qkv")
 OUR_QKV = "blocks.*.attn.qkv"
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of DiT-S, B, L, XL, by width
 PUBLISHED_NORM2_EPS = 1e-5  # the networks there are built on diffusers' transformer block
 MEANS = ("final_layer.linear.", "final_layer.means.")  # the rows that predict velocities
 WRAPPING = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -351,7 +354,8 @@ def to_ours(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, list[str
     if repeated:
         notes.append(f"{len(repeated)} embeddings repeated in the blocks are kept once")
         facts["foreign"] = True
-    if any(key.startswith("transformer_blocks.") for key in state):
+    published = any(key.startswith("transformer_blocks.") for key in state)
+    if published:
         state, facts["norm2_eps"] = from_published(state), PUBLISHED_NORM2_EPS
     state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
     known = {*PUBLISHED_NAMES, OUR_QKV}
@@ -361,7 +365,8 @@ def to_ours(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, list[str
         rows = math.isqrt(value.numel() // hidden)
         if value.ndim > 1 and value.shape[-1] == hidden and rows**2 * hidden == value.numel():
             check_positions(key, state.pop(key).reshape(-1, hidden))
-            facts |= {"latent_size": rows * patch, "foreign": True}
+            facts["latent_size"] = rows * patch
+            facts["foreign"] = facts.get("foreign", not published)
     return state, facts, notes
 
 
@@ -425,8 +430,12 @@ def infer_config(
         shapes |= {"head": "dx" if many else "velocity", "components": maps}
     if known.get("head", shapes["head"]) != shapes["head"]:
         raise ValueError(f"head is {known['head']!r}, its output layer is a {shapes['head']} head")
+    if "num_heads" not in known and hidden not in NUM_HEADS:
+        raise ValueError(f"its width is {hidden}, and num_heads (--num-heads) is not stated")
+    if "time_scale" not in known and "norm2_eps" in facts:
+        notes.append("factor of t not stated, taken as 1 (--time-scale; the fm networks need 1000)")
     facts = {key: value for key, value in facts.items() if key != "foreign"}
-    config = {"num_heads": 16} | facts | known | shapes
+    config = {"num_heads": NUM_HEADS.get(hidden)} | facts | known | shapes
     fields = {field.name for field in dataclasses.fields(DiTConfig)}
     if unknown := sorted(config.keys() - fields):
         raise ValueError(f"its header has the unknown fields {', '.join(unknown)}")

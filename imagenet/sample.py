@@ -96,9 +96,9 @@ class Settings:
         choices=("euler", "deis", "exact"),
     )  # fmt: skip
     h: float = setting(0.0, "noise between a student's steps; inf: full", low=0, high=math.inf)
-    temperature: float = setting(1.0, "temperature of a gmflow student, not in the last step", above=0)
+    temperature: float = setting(1.0, "of a gmflow student, in all steps but the last", above=0)
     trained_nfe: int = setting(0, "segments of a dx student whose folder does not state it", low=0)
-    num_heads: int = setting(0, "fallback if the file does not state it; 0: 16", low=0)
+    num_heads: int = setting(0, "fallback if the file does not state it; 0: by width", low=0)
     time_scale: float = setting(0.0, "fallback if the file does not state it; 0: 1", low=0)
     head: str | None = setting(
         None, "reading of a head with twice the rows", choices=("velocity", "dx")

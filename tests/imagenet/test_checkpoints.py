@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_published_teacher(time_scale, key):
 
 def test_published_gmflow_student():
     data = recorded("io.npz")
-    net = load_dit(DATA / "gm_student.safetensors", num_heads=2)
+    net = load_dit(DATA / "gm_student.safetensors", num_heads=2, time_scale=1.0)
     assert (net.config.head, net.config.components, net.config.logstd_hidden) == ("gmflow", 4, 16)
     output = net(data["x"], data["t"], data["labels"].long())
     assert isinstance(output, GaussianMixture)
@@ -79,7 +80,7 @@ def test_published_gmflow_student():
 
 def test_published_dx_student():
     data = recorded("io.npz")
-    net = load_dit(DATA / "dx_student.safetensors", num_heads=2)
+    net = load_dit(DATA / "dx_student.safetensors", num_heads=2, time_scale=1.0)
     assert (net.config.head, net.config.components) == ("dx", 5)
     assert close(net(data["x"], data["t"], data["labels"].long()), data["dx_velocities"])
 
@@ -88,7 +89,7 @@ def test_second_layernorm_is_that_of_the_layout():
     """Agreement to float32 rounding, which the other eps misses by ten times."""
     files = ("teacher.safetensors", "io.npz", 1e-5), ("repa_sit.pt", "repa_io.npz", 1e-6)
     for file, io, eps in files:
-        data, net = recorded(io), load_dit(DATA / file, num_heads=2)
+        data, net = recorded(io), load_dit(DATA / file, num_heads=2, time_scale=1.0)
         assert net.config.norm2_eps == eps
         assert close(net(data["x"], data["t"], data["labels"].long()), data["velocity"], 1e-6)
 
@@ -155,7 +156,8 @@ def test_round_trip(tmp_path, published, head, size):
 @pytest.mark.parametrize("name", ["teacher", "gm_student", "dx_student"])
 def test_export_is_the_published_file(tmp_path, name):
     source = DATA / f"{name}.safetensors"
-    save_dit(load_dit(source, num_heads=2), tmp_path / "out.safetensors", published=True)
+    net = load_dit(source, num_heads=2, time_scale=1.0)
+    save_dit(net, tmp_path / "out.safetensors", published=True)
     theirs, ours = load_file(source), load_file(tmp_path / "out.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
@@ -174,7 +176,7 @@ def test_pth_with_and_without_wrapper(tmp_path):
     data, state = recorded("io.npz"), load_file(DATA / "teacher.safetensors")
     for name, content in (("bare.pth", state), ("wrapped.pth", {"state_dict": state})):
         torch.save(content, tmp_path / name)
-        net = load_dit(tmp_path / name, num_heads=2)
+        net = load_dit(tmp_path / name, num_heads=2, time_scale=1.0)
         assert close(net(data["x"], data["t"], data["labels"].long()), data["velocity"])
 
 
@@ -214,7 +216,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             load_dit(name, num_heads=2)
         assert name in str(caught.value)
-    with pytest.raises(ValueError, match="num_heads is 16 and hidden 24"):
+    with pytest.raises(ValueError, match="its width is 24, and num_heads .* is not stated"):
         load_dit(DATA / "teacher.safetensors")
     assert not Path("malice").exists()
 
@@ -234,7 +236,8 @@ def test_hub_sources_are_split_into_repository_and_path(monkeypatch):
         return str(DATA / "teacher.safetensors")
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert load_dit("owner/repository/folder/net.safetensors", num_heads=2).config.depth == 2
+    net = load_dit("owner/repository/folder/net.safetensors", num_heads=2, time_scale=1.0)
+    assert net.config.depth == 2
     assert asked == [("owner/repository", "folder/net.safetensors")]
 
 
@@ -339,6 +342,25 @@ def test_other_positions_are_refused_and_empty_ones_are_not_used(tmp_path):
         load_dit(saved(tmp_path, state | learned), num_heads=2)
     empty = {"pos_embed": torch.zeros(1, 16, 24)}
     assert torch.equal(outputs(load_dit(saved(tmp_path, state | empty), num_heads=2)), outputs(net))
+
+
+def test_what_a_file_does_not_state_is_not_guessed_in_silence(tmp_path):
+    """Heads by the widths of DiT-S to XL; the factor of t with a warning; dx or variance half."""
+    wide = DiT(DiTConfig(hidden=384, depth=1, num_heads=6, latent_size=8, num_classes=10))
+    assert load_dit(saved(tmp_path, wide.state_dict())).config.num_heads == 6
+    with pytest.warns(UserWarning, match="factor of t not stated, taken as 1"):
+        load_dit(DATA / "teacher.safetensors", num_heads=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_dit(DATA / "teacher.safetensors", num_heads=2, time_scale=1.0)
+        load_dit(DATA / "repa_sit.pt", num_heads=2)
+    state = to_published(random_net(head="dx", components=2).state_dict())
+    stored = {"pos_embed.pos_embed": position_features(4, 24)}
+    with pytest.raises(ValueError, match="or dx with N = 2"):
+        load_dit(saved(tmp_path, state | stored), num_heads=2)
+    save_file(random_net().state_dict(), tmp_path / "x.safetensors", {"config": "[1]"})
+    with pytest.raises(ValueError, match="a config in its header that is no dict"):
+        load_dit(tmp_path / "x.safetensors")
 
 
 def test_embeddings_repeated_in_each_block(tmp_path):
