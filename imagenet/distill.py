@@ -33,13 +33,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import imagenet.distributed as runs
 from common.cli import check_interval, compiled, compiled_policies, parse, run_cli, setting
-from imagenet.cache_latents import open_shards
 from imagenet.checkpoints import (
     TEACHERS,
     Source,
@@ -47,9 +45,10 @@ from imagenet.checkpoints import (
     load_dit,
     save_dit,
 )
-from imagenet.dit import DiT, DiTConfig, dit_student, guided_teacher
+from imagenet.dit import DiT, dit_student, guided_teacher
+from imagenet.draws import Draws, Latents, draw
 from imagenet.monitor import BINS, Monitor, due
-from piflow_minimal import PiIDLoss, Policy, pi_id_loss, segment_of
+from piflow_minimal import PiIDLoss, Policy, pi_id_loss
 
 MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run gives up
 
@@ -169,12 +168,14 @@ PRESETS = {
 PRESETS = {name: replace(preset, out=f"outputs/{name}") for name, preset in PRESETS.items()}
 
 
-def read_settings(argv: list[str] | None = None) -> Settings:
+def read_settings(
+    argv: list[str] | None = None, about: str = __doc__, preset: str = "tiny"
+) -> Settings:  # fmt: skip
     """Command line -> Settings: a preset, then whatever is overridden.
 
     Raises: ValueError that names the setting, what was given and what is accepted.
     """
-    config = parse(Settings, __doc__, argv, PRESETS)
+    config = parse(Settings, about, argv, {preset: PRESETS[preset]} | PRESETS)
     check_interval("--guidance-interval", config.guidance_interval)
     if config.solver == "exact" and config.policy != "dx":
         raise ValueError("--solver is 'exact'; a gmflow policy takes euler or deis")
@@ -188,107 +189,6 @@ def read_settings(argv: list[str] | None = None) -> Settings:
     if given != "auto" and not (given.isdecimal() and int(given) > 0):
         raise ValueError(f"--micro-batch is {given!r}; it must be auto or a positive integer")
     return config
-
-
-# ---------------------------------------------------------------------------------------------
-# Randomness: all that one sample needs, from (seed, iteration, place in the batch)
-# ---------------------------------------------------------------------------------------------
-
-
-class Draws(NamedTuple):
-    """n samples. S: segments of each, M: intermediates, K: components."""
-
-    labels: Tensor  #    (n,)
-    noise: Tensor  #     (n, C, H, W)
-    x_0: Tensor  #       (n, C, H, W), of no meaning without cached latents
-    tau_src: Tensor  #   (n, S) in (0, 1], where each segment starts
-    uniforms: Tensor  #  (n, S, M) in [0, 1), query times within each segment
-    dropped: Tensor  #   (n, S, K) bool, components that the rollout lacks
-    times: np.ndarray  # (n, S, M) t of the queries, for the host
-
-    def part(self, begin: int, end: int, device: torch.device) -> "Draws":
-        piece = [value[begin:end] for value in self]
-        return Draws(*(value.to(device, non_blocking=True) for value in piece[:-1]), piece[-1])
-
-
-class Latents:
-    """Latents that imagenet.cache_latents wrote, memory-mapped.
-
-    Raises: ValueError if there are none, or if they are not what the network `net` works on.
-    """
-
-    def __init__(self, folder: str, net: DiTConfig):
-        self.moments, self.labels = open_shards(folder, net)  #         (n, 2, C, H, W) each, (N,)
-        self.ends = np.cumsum([len(shard) for shard in self.moments])
-
-    def draw(self, item: int, generator: torch.Generator) -> tuple[Tensor, int]:
-        """A sample (C, H, W) of the VAE's posterior for one image, and its label."""
-        shard = int(np.searchsorted(self.ends, item, side="right"))
-        mean, std = torch.from_numpy(
-            self.moments[shard][item - self.ends[shard]].astype(np.float32)  # counted from its end
-        )
-        return mean + std * torch.randn(mean.shape, generator=generator), int(self.labels[item])
-
-
-def training_seed(seed: int, number: int) -> int:
-    """The seed of sample `number` of a run, in [2^31, 2^32): evaluation seeds are below 2^31.
-
-    Distinct for 2^31 samples in a row, 524,000 iterations of the published batch.
-    """
-    return 2**31 + (seed * 0x9E3779B1 + number) % 2**31
-
-
-def draw(
-    config: Settings, net: DiTConfig, latents: Latents | None, iteration: int, places: range,
-    pin: bool = False,
-) -> Draws:  # fmt: skip
-    """What the samples at `places` of the batch need in this iteration, on the CPU."""
-    S, M = config.segments, config.num_intermediates
-    K = config.components if config.dropout else 1
-    shape = (net.channels, net.latent_size, net.latent_size)
-    items = len(latents.labels) if latents else net.num_classes
-    generator, rows = torch.Generator(), []
-    for place in places:
-        generator.manual_seed(training_seed(config.seed, iteration * config.batch + place))
-        noise = x_0 = torch.randn(shape, generator=generator)
-        uniforms = torch.rand(1 + S * (M + K), generator=generator)
-        item = torch.randint(items, (), generator=generator)
-        if latents:
-            x_0, item = latents.draw(int(item), generator)
-        rows.append((torch.as_tensor(item), noise, x_0, uniforms))
-    labels, noise, x_0, uniforms = (torch.stack(column) for column in zip(*rows, strict=True))
-    tau, uniforms, chance = uniforms.split([1, S * M, S * K], dim=1)
-    tau_src = (1 - torch.arange(S) / config.nfe).expand(len(labels), S)
-    if latents:
-        tau_src = segment_of(1 - tau, config.nfe)[0]
-    chance = chance.unflatten(1, (S, K))
-    dropped = (chance < config.dropout) & (chance < chance.amax(2, keepdim=True))  # never all
-    uniforms = place_queries(config, tau_src, uniforms.unflatten(1, (S, M)), iteration, places)
-    times = query_times(config, tau_src, uniforms)
-    tensors = (labels, noise, x_0, tau_src, uniforms, dropped)
-    return Draws(*(value.pin_memory() if pin else value for value in tensors), times)
-
-
-def place_queries(
-    config: Settings, tau_src: Tensor, uniforms: Tensor, iteration: int, places: range
-) -> Tensor:
-    """Uniforms (n, S, M) as --query-times and --min-query-time want them, still in [0, 1)."""
-    _, S, M = uniforms.shape
-    if config.query_times == "stratified":
-        generator = torch.Generator().manual_seed(training_seed(config.seed, iteration))
-        strata = [torch.randperm(config.batch * M, generator=generator) for _ in range(S)]
-        strata = torch.stack(strata).view(S, -1, M)[:, list(places)].transpose(0, 1)
-        uniforms = (strata + uniforms) / (config.batch * M)
-    size = 1 / config.nfe
-    below = (config.min_query_time - (tau_src - size)).clamp(0, size)  #           (n, S)
-    return uniforms * (1 - below / size)[..., None]
-
-
-def query_times(config: Settings, tau_src: Tensor, uniforms: Tensor) -> np.ndarray:
-    """Where pi_id_loss queries the teacher. tau_src (n, S), uniforms (n, S, M) -> t (n, S, M)."""
-    size = 1 / config.nfe
-    window = config.window_substeps * size / max(1, round(size * config.total_substeps))
-    return (tau_src[..., None] - (size - min(window, size)) * uniforms.sort(2).values).numpy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -390,6 +290,12 @@ def compiles(device: torch.device) -> bool:
     return compiled(probe, torch.zeros(2, device=device)) is not probe
 
 
+def compile_blocks(net: DiT) -> None:
+    """torch.compile of each block: inside the activation checkpoint, one graph for all blocks."""
+    for block in net.blocks:
+        block.compile()
+
+
 class Run:
     """Student, its moving average and the optimizer, and how far they have come."""
 
@@ -406,6 +312,8 @@ class Run:
         self.compile = device.type == "cuda" if config.compile is None else config.compile
         self.compile = self.compile and compiles(device)
         self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
+        if self.compile:  # the average stays as it is, for pictures of other sizes
+            compile_blocks(self.student)
         if config.shard:
             runs.shard(self.student)
             runs.shard(self.ema)
@@ -469,6 +377,7 @@ class Run:
             net = DiT(self.ema.config).eval().requires_grad_(False)
         state = {key: value.full_tensor() for key, value in self.ema.state_dict().items()}
         net.load_state_dict(state, assign=True)
+        net.positions = self.ema.positions  # not in the state
         return net
 
     def check_progress(self) -> None:
@@ -505,10 +414,71 @@ def say_new_schedule(run: Run, before: dict) -> None:
     if run.iteration and run.config.lr_decay != "none" and old != run.config.iterations:
         configs = (replace(run.config, iterations=n) for n in (old, run.config.iterations))
         rates = [learning_rate(config, run.iteration) for config in configs]
+        new, rate = run.config.iterations, f"{rates[1]:.1e} in place of {rates[0]:.1e}"
         print(
-            f"--iterations is {run.config.iterations} and was {old}: the cosine ends later or "
-            f"earlier, and the learning rate is {rates[1]:.1e} from here in place of {rates[0]:.1e}"
+            f"--iterations is {new} and was {old}: the cosine ends at {new}, and from here the "
+            f"learning rate is {rate}"
         )
+
+
+def load_teacher(config: Settings, device: torch.device) -> DiT:
+    """The teacher, frozen, with float32 weights."""
+    source = TEACHERS.get(config.teacher, Source(config.teacher))
+    time_scale = config.time_scale or source.time_scale
+    net = load_dit(source.path, config.num_heads or None, time_scale, device=device)
+    return net.requires_grad_(False)
+
+
+def models(
+    run: Run, net: DiT, place: runs.Place
+) -> tuple[runs.AutocastModel, runs.AutocastModel]:  # fmt: skip
+    """-> student and teacher as the loss calls them: precision, compilation, processes."""
+    if run.config.tf32 and place.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if run.config.bf16:
+        net.bfloat16()
+    if run.compile:
+        compile_blocks(net)
+    student = runs.AutocastModel(run.student, run.student.config, run.config.bf16)
+    student.net = runs.parallel(run.student, place, run.config.shard)
+    return student, runs.AutocastModel(net, net.config)
+
+
+def largest_micro_batch(measure: Callable[[int], float], budget: float, share: int) -> int:
+    """The most samples at once, in as many equal parts of `share` as a power of two allows.
+
+    measure(n): peak memory with n samples at once, linear in n; budget: what there is.
+    """
+    few, more = min(4, share), min(8, share)
+    base, slope = measure(few), (measure(more) - measure(few)) / max(1, more - few)
+    parts = 1
+    while parts < share and base + slope * (math.ceil(share / parts) - few) > budget:
+        parts *= 2
+    return math.ceil(share / parts)
+
+
+def fit_micro_batch(
+    config: Settings, run: Run, student: runs.AutocastModel, teacher: runs.AutocastModel,
+    draws: Draws, world: int,
+) -> Settings:  # fmt: skip
+    """--micro-batch auto as a number: what fits into a GPU; elsewhere the share of a process."""
+    if config.micro_batch != "auto" or run.device.type != "cuda":
+        return config
+
+    def measure(n: int) -> float:
+        torch.cuda.reset_peak_memory_stats(run.device)
+        piece = Draws(*(value[:n] for value in draws))
+        backward(config, student, teacher, piece, world)
+        return torch.cuda.max_memory_allocated(run.device)
+
+    free, _ = torch.cuda.mem_get_info(run.device)
+    budget = 0.85 * (free + torch.cuda.memory_reserved(run.device))
+    if not run.optimizer.state:  # the first step will add it
+        parameters = sum(p.numel() for p in run.student.parameters())
+        budget -= 8 * parameters / (world if config.shard else 1)
+    size = largest_micro_batch(measure, budget, len(draws.labels))
+    run.optimizer.zero_grad()
+    return replace(config, micro_batch=str(runs.from_first(size)))
 
 
 def prepare(
@@ -516,33 +486,25 @@ def prepare(
 ) -> tuple[Run, runs.AutocastModel, runs.AutocastModel, Callable[[int], Draws]]:
     """-> the run, as far as it has come; student and teacher; the draws of an iteration."""
     before = runs.on_first(check_run, config)
-    if config.tf32 and place.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    source = TEACHERS.get(config.teacher, Source(config.teacher))
-    time_scale = config.time_scale or source.time_scale
-    net = load_dit(source.path, config.num_heads or None, time_scale, device=place.device)
-    net.requires_grad_(False)
+    net = load_teacher(config, place.device)
     latents = Latents(config.latents, net.config) if config.latents else None
     run = Run(config, net, place.device)
     run.restore()
     if place.rank == 0:
         say_new_schedule(run, before)
-    if config.bf16:
-        net.bfloat16()
-    if run.compile:
-        for block in [*net.blocks, *run.student.blocks]:  # the average stays as it is
-            block.compile()
-    teacher = runs.AutocastModel(net, net.config)
-    student = runs.AutocastModel(run.student, run.student.config, config.bf16)
-    student.net = runs.parallel(run.student, place, config.shard)
-    share = range(*(rank * config.batch // place.world for rank in (place.rank, place.rank + 1)))
-    pin = place.device.type == "cuda"
-    return run, student, teacher, lambda i: draw(config, net.config, latents, i, share, pin)
+    rest = share(config, place), place.device.type == "cuda"
+    return run, *models(run, net, place), lambda i: draw(config, net.config, latents, i, *rest)
+
+
+def share(config: Settings, place: runs.Place) -> range:
+    """The places in the batch that are this process's."""
+    return range(*(rank * config.batch // place.world for rank in (place.rank, place.rank + 1)))
 
 
 def train(config: Settings, place: runs.Place) -> Run:
     """The training loop. Every process runs it; rank 0 writes."""
     run, student, teacher, draws_of = prepare(config, place)
+    config = fit_micro_batch(config, run, student, teacher, draws_of(0), place.world)
     monitor = Monitor(run, teacher)
     with runs.Stop() as stop, compiled_policies(run.compile), monitor:
         for draws in runs.ahead(draws_of, range(run.iteration, config.iterations)):
@@ -571,6 +533,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--batch is {config.batch}; {needed}")
         if config.shard and place.world == 1:
             raise ValueError("--shard splits a network over processes: start several by torchrun")
+        if config.shard and config.batch % place.world:
+            needed = f"a multiple of the number of processes, {place.world}"
+            raise ValueError(f"--batch is {config.batch}; with --shard it must be {needed}")
         run = train(config, place)
     if place.rank == 0:
         done = run.iteration == config.iterations

@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from two_processes import ONE_THREAD, run_two
 
 import imagenet.distributed as runs
+import imagenet.draws as draws_module
 import imagenet.sample as sample_dit_imagenet
 from common.teachers import integrate_teacher
 from imagenet import distill, fashion, metrics
 from imagenet.checkpoints import TEACHERS, load_dit, save_dit
 from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
-from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample
+from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample, segment_of
 
 SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10, decoder=PIXELS)
 CPU = torch.device("cpu")
@@ -234,10 +235,10 @@ def test_draws_depend_on_seed_iteration_and_place_alone():
 
 def test_no_noise_of_an_evaluation_is_one_of_the_training():
     """An evaluation draws image i with a generator seeded with --seed + i, or i + 1000."""
-    seeds = [distill.training_seed(seed, n) for seed in (0, 1, 12345) for n in range(3000)]
-    seeds += [distill.training_seed(seed, 139_999 * 4096 + 4095) for seed in range(3000)]
+    seeds = [draws_module.training_seed(seed, n) for seed in (0, 1, 12345) for n in range(3000)]
+    seeds += [draws_module.training_seed(seed, 139_999 * 4096 + 4095) for seed in range(3000)]
     assert min(seeds) >= 2**31 and max(seeds) < 2**32
-    assert len({distill.training_seed(0, number) for number in range(2**31 - 5000, 2**31)}) == 5000
+    assert len({draws_module.training_seed(0, n) for n in range(2**31 - 5000, 2**31)}) == 5000
     trained = distill.draw(settings(batch=200), SMALL, None, 0, range(200)).noise
     shape, evaluated = trained[0].shape, range(2000)
     evaluated = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in evaluated]
@@ -368,9 +369,9 @@ def test_the_host_knows_the_query_times(policy, nfe, latents):
     config = dataclasses.replace(settings(nfe=nfe, **changes), latents=latents)
     draws, rows, queried = distill.draw(config, SMALL, None, 7, range(5)), [], []
     if latents:
-        tau_src, _ = distill.segment_of(torch.rand(5, 1), nfe)
+        tau_src, _ = segment_of(torch.rand(5, 1), nfe)
         draws = draws._replace(tau_src=tau_src)
-        draws = draws._replace(times=distill.query_times(config, tau_src, draws.uniforms))
+        draws = draws._replace(times=draws_module.query_times(config, tau_src, draws.uniforms))
     run, student, teacher = start(config)
 
     def count(x, t, labels):
@@ -719,19 +720,87 @@ def test_run_in_an_s3_bucket(teacher_file, tmp_path, bucket, monkeypatch, capsys
     assert images[0].std() > 10 and np.array_equal(*images)
 
 
-def test_two_processes_equal_one(tmp_path, teacher_file):
-    """Five samples, two at a time, recomputed, data-free, on two processes: the same numbers."""
-    options = {"nfe": 2, "iterations": 3, "log_every": 1, "guidance": 1.5}
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_equal_one(tmp_path, teacher_file, shard):
+    """Six samples, two at a time, recomputed, data-free, on two processes: the same numbers.
+
+    With --shard parameters, average and optimizer are split; files and pictures are not.
+    """
+    options = {"nfe": 2, "iterations": 3, "log_every": 1, "guidance": 1.5, "batch": 6}
+    options |= {"picture_every": 3, "teacher_steps": 2}
     distill.main(flags(teacher_file, tmp_path / "one", **options))
-    options |= {"micro_batch": 2}
-    argv = [*flags(teacher_file, tmp_path / "two", **options), "--checkpointing"]
-    run_two("imagenet.distill", argv)
+    argv = [*flags(teacher_file, tmp_path / "two", micro_batch=2, **options), "--checkpointing"]
+    run_two("imagenet.distill", argv + ["--shard"] * shard)
     one, two = stats(tmp_path / "one"), stats(tmp_path / "two")
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
         assert b["loss_by_t"] == pytest.approx(a["loss_by_t"], rel=1e-4, abs=2e-6)
+    assert two[-1]["endpoint_rmse"] == pytest.approx(one[-1]["endpoint_rmse"], rel=1e-4)
     assert_same_weights(newest(tmp_path / "one"), newest(tmp_path / "two"), atol=5e-5)
+    if shard:  # one process continues what two have begun, sharded
+        more = {"iterations": 5, "micro_batch": 3} | {k: options[k] for k in ("nfe", "batch")}
+        losses = []
+        for name in ("one", "two"):
+            distill.main(flags(teacher_file, tmp_path / name, **options | more))
+            losses.append(stats(tmp_path / name)[-1]["loss"])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_compile_is_per_block_and_not_of_the_average(monkeypatch, recwarn):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(distill, "compiled", lambda function, *example: lambda x: x)
+    config, teacher = dataclasses.replace(settings(), compile=True), small_teacher()
+    run = distill.Run(config, teacher, CPU)
+    distill.models(run, teacher, runs.Place(0, 1, CPU))
+    assert compiled == [*run.student.blocks, *teacher.blocks] and run.compile
+    monkeypatch.setattr(distill, "compiled", lambda function, *example: function)  # no compiler
+    assert not distill.Run(config, teacher, CPU).compile
+    assert not distill.Run(dataclasses.replace(config, compile=None), teacher, CPU).compile
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same(tmp_path, teacher_file):
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        distill.main([*flags(teacher_file, tmp_path / name, iterations=3, log_every=1), *more])
+    plain, fast = stats(tmp_path / "plain"), stats(tmp_path / "compiled")
+    assert [r["loss"] for r in fast] == pytest.approx([r["loss"] for r in plain], rel=1e-3)
+
+
+def test_published_precision(monkeypatch):
+    """Teacher with bfloat16 weights, student with float32 weights under autocast."""
+    seen = []
+    config, teacher = settings(), small_teacher()
+    config = dataclasses.replace(config, bf16=True)
+    run = distill.Run(config, teacher, CPU)
+    student, queried = distill.models(run, teacher, runs.Place(0, 1, CPU))
+    assert {p.dtype for p in queried.net.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in run.student.parameters()} == {torch.float32}
+    run.student.blocks[0].attn.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    draws = distill.draw(config, SMALL, None, 7, range(5))
+    loss, _ = distill.backward(config, student, queried, draws)
+    assert set(seen) == {torch.bfloat16} and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(gradients(settings())[0], rel=0.05)
+
+
+@pytest.mark.parametrize("budget, size", [(552, 512), (551, 256), (100, 32), (48, 8), (1, 1)])
+def test_micro_batch_by_memory(budget, size):
+    """40 for the weights, one for each sample."""
+    assert distill.largest_micro_batch(lambda n: 40 + n, budget, 512) == size
+    assert distill.largest_micro_batch(lambda n: 40 + n, 1000, 3) == 3
+
+
+def test_more_iterations_of_a_cosine_say_what_happens_to_the_rate(tmp_path, teacher_file, capsys):
+    options = {"log_every": 1, "lr_decay": "cosine", "warmup": 1}
+    distill.main(flags(teacher_file, tmp_path, iterations=3, **options))
+    assert "rate" not in capsys.readouterr().out
+    distill.main(flags(teacher_file, tmp_path, iterations=6, **options))
+    said = capsys.readouterr().out
+    rates = [record["lr"] for record in stats(tmp_path)]
+    assert "--iterations is 6 and was 3: the cosine ends at 6" in said
+    assert f"the learning rate is {rates[3]:.1e} in place of 0.0e+00" in said
+    assert len(rates) == 6 and rates[3] > rates[2]
 
 
 def test_the_tiny_preset_runs(tmp_path):
