@@ -27,6 +27,7 @@ from torch import Tensor
 from common.cli import atomic, pick_device, run_cli
 from imagenet import fashion, metrics
 from imagenet.checkpoints import save_dit
+from imagenet.distributed import ema_decay, update_ema
 from imagenet.dit import PRESETS, DiT, guided_teacher
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -157,9 +158,7 @@ def train_teacher(args: argparse.Namespace, latents: Tensor, labels: Tensor) -> 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        beta = (1 - 1 / (step + 1)) ** (1 + EMA_GAMMA)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+        update_ema(ema, net, ema_decay(step + 1, gamma=EMA_GAMMA))
         losses.append(loss.detach())
 
         if (step + 1) % args.every == 0 or step + 1 == args.iters:

@@ -47,6 +47,7 @@ from imagenet.checkpoints import (
 )
 from imagenet.dit import DiT, dit_student, guided_teacher
 from imagenet.draws import Draws, Latents, draw
+from imagenet.metrics import check_reference
 from imagenet.monitor import BINS, Monitor, due
 from piflow_minimal import PiIDLoss, Policy, pi_id_loss
 
@@ -133,6 +134,10 @@ class Settings:
     )
     picture_every: int = setting(2000, "iterations between pictures of pairs; 0: none", low=0)
     teacher_steps: int = setting(64, "Euler steps of the teacher in the pictures", low=1)
+    eval_every: int = setting(0, "iterations between Frechet distances (FID); 0: none", low=0)
+    eval_images: int = setting(10_000, "images of a Frechet distance, over all processes", low=65)
+    reference: str = setting("", "FID: the .npz of the ADM suite, or a folder of images")
+    inception: str = setting("", "FID: weights file of the Inception network; empty: download")
     logger: str = setting("none", "beside stats.jsonl", choices=("none", "tensorboard", "wandb"))
 
     @property
@@ -144,7 +149,8 @@ class Settings:
 # What may change when a run is continued; all else decides its numbers.
 RESUMABLE = {"out", "iterations", "micro_batch", "checkpointing", "shard", "compile", "device"}
 RESUMABLE |= {"log_every", "save_every", "keep", "milestone_every", "half_checkpoints"}
-RESUMABLE |= {"picture_every", "teacher_steps", "logger"}
+RESUMABLE |= {"picture_every", "teacher_steps", "logger", "eval_every", "eval_images"}
+RESUMABLE |= {"reference", "inception"}
 
 TINY = Settings(
     teacher="tiny", guidance=2.5, guidance_interval=(0.0, 0.8), components=8, iterations=8000,
@@ -183,6 +189,8 @@ def read_settings(
         raise ValueError(f"--dropout is {config.dropout}; a dx policy has none, it must be 0")
     if not config.out.strip("/ "):
         raise ValueError(f"--out is {config.out!r}; it must name a folder")
+    if config.eval_every and config.reference:
+        check_reference(config.reference)
     if config.latents and config.nfe == 1:
         raise ValueError("--latents is of no use with --nfe 1: the segment starts in pure noise")
     given = config.micro_batch

@@ -47,8 +47,8 @@ def processes(device: str = "auto") -> Iterator[Place]:
 
     On CUDA each process gets the GPU of its local rank and communicates by NCCL, otherwise by Gloo.
     """
-    world, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
-    if world == 1:
+    count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
+    if count == 1:
         yield Place(0, 1, chosen)
         return
     if chosen.type == "cuda":
@@ -58,7 +58,7 @@ def processes(device: str = "auto") -> Iterator[Place]:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     try:
-        yield Place(dist.get_rank(), world, chosen)
+        yield Place(dist.get_rank(), count, chosen)
     finally:
         dist.destroy_process_group()
 
@@ -66,6 +66,11 @@ def processes(device: str = "auto") -> Iterator[Place]:
 def rank() -> int:
     """The number of this process; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def total(values: Tensor) -> Tensor:

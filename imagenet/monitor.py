@@ -1,4 +1,4 @@
-"""What is measured while a student trains: loss by noise level, pictures of pairs."""
+"""What is measured while a student trains: loss by t, pictures of pairs, Frechet distance."""
 
 import json
 import math
@@ -13,13 +13,15 @@ from tqdm import tqdm
 import imagenet.distributed as runs
 from common.plots import image_rows
 from common.teachers import endpoint_rmse, integrate_teacher
+from imagenet import fashion, metrics
 from imagenet.checkpoints import load_decoder, to_pixels
-from imagenet.dit import DiT, dit_student, guided_teacher
+from imagenet.dit import PIXELS, DiT, DiTConfig, dit_student, guided_teacher
 from piflow_minimal import sample
 
 if TYPE_CHECKING:
     from imagenet.distill import Run, Settings
 
+EVAL_BATCH = 100  # images at once
 BINS = 10  # of t, for the loss in stats.jsonl
 PAIRS = 10  # noises of the pictures
 
@@ -88,15 +90,71 @@ def sample_student(config: "Settings", net: DiT, noise: Tensor, labels: Tensor) 
     return sample(student, noise, config.nfe, **rollout)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class FrechetEval:
+    """Frechet distance of new images of the average, on all processes; image i has the seed i.
+
+    FID against --reference; for the tiny model the distance of its own feature network.
+    Raises: ValueError if there is no reference.
+    """
+
+    def __init__(self, config: "Settings", net: DiTConfig, device: torch.device):
+        if net.decoder != PIXELS and not config.reference:
+            raise ValueError("--eval-every needs --reference: what the FID compares with")
+        self.config, self.net, self.device = config, net, device
+        self.decode = load_decoder(net, device)
+        if net.decoder == PIXELS:
+            known = fashion.load_features(device=device)
+            self.name, self.moments = "frechet_distance", (known.mean, known.covariance)
+            self.features = lambda images: fashion.extract(known.net, images)[0]
+            return
+        inception = metrics.load_inception(config.inception, device)
+        images, known = metrics.read_reference(config.reference)
+        if known is None:
+            known = metrics.moments(metrics.inception_features(inception, images, device)[0])
+        self.name, self.moments = "fid", known
+
+        def features(images: Tensor) -> Tensor:
+            return inception(to_pixels(images).permute(0, 3, 1, 2).to(device))[0]
+
+        self.features = features
+
+    @torch.no_grad()
+    def distance(self, average: DiT) -> float:
+        """Every process calls this, and gets the distance of all images."""
+        device = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
+        width = len(self.moments[0])
+        sums = torch.zeros(width + 1, width, device=device, dtype=torch.float64)
+        numbers = torch.arange(self.config.eval_images)[runs.rank() :: runs.world()]
+        shape = (self.net.channels, self.net.latent_size, self.net.latent_size)
+        for part in numbers.split(EVAL_BATCH):
+            draws = [torch.randn(shape, generator=seeded(i)) for i in part.tolist()]
+            noise, labels = torch.stack(draws).to(self.device), part.to(self.device)
+            x_0 = sample_student(self.config, average, noise, labels % self.net.num_classes)
+            with metrics.full_precision():
+                features = self.features(self.decode(x_0)).to(device).double()
+            sums[0] += features.sum(0)
+            sums[1:] += features.T @ features
+        sums = runs.total(sums) / self.config.eval_images
+        covariance = sums[1:] - torch.outer(sums[0], sums[0])
+        covariance *= self.config.eval_images / (self.config.eval_images - 1)
+        return metrics.gaussian_distance(sums[0], covariance, *self.moments)
+
+
 class Monitor:
     """Measures a run and writes stats.jsonl and pictures. Every process calls every method."""
 
     def __init__(self, run: "Run", teacher: runs.AutocastModel):
-        config, self.pairs = run.config, None
+        config, self.pairs, self.frechet = run.config, None, None
         self.log = runs.Log(config.out, run.iteration, config.logger, asdict(config))
         if runs.rank() == 0 and config.picture_every:
             runs.remove_leftovers(runs.join(config.out, "pictures"))
             self.pairs = PairedEval(config, teacher, run.device)
+        if config.eval_every:
+            self.frechet = FrechetEval(config, teacher.config, run.device)
         if runs.rank() == 0:  # all that may be wrong with the settings has shown by now
             settings = json.dumps(asdict(config), indent=2) + "\n"
             runs.write_text(runs.join(config.out, "config.json"), settings)
@@ -113,16 +171,17 @@ class Monitor:
         """After an iteration: what is due at this one, and all of it at the last."""
         self.metrics.add(loss, norm, by_t)
         self.bar.update()
-        pictures = due(run.iteration, run.config.picture_every, last)
-        if not self.metrics.losses or not (
-            pictures or due(run.iteration, run.config.log_every, last)
-        ):
+        c, iteration = run.config, run.iteration
+        pictures, frechet = (due(iteration, n, last) for n in (c.picture_every, c.eval_every))
+        line = pictures or frechet or due(iteration, c.log_every, last)
+        if not self.metrics.losses or not line:
             return
         record = self.metrics.record(run)
-        if pictures:
-            average = run.average()
-            if self.pairs:
-                record["endpoint_rmse"] = self.pairs.compare(average, run.iteration)
+        average = run.average() if pictures or frechet else None
+        if pictures and self.pairs:
+            record["endpoint_rmse"] = self.pairs.compare(average, iteration)
+        if frechet:
+            record[self.frechet.name] = self.frechet.distance(average)
         self.log(record)
         self.bar.set_postfix(loss=f"{record['loss']:.4f}")
         self.metrics = Metrics(run.device)

@@ -22,7 +22,7 @@ import imagenet.distributed as runs
 import imagenet.draws as draws_module
 import imagenet.sample as sample_dit_imagenet
 from common.teachers import integrate_teacher
-from imagenet import distill, fashion, metrics
+from imagenet import distill, fashion, metrics, monitor
 from imagenet.checkpoints import TEACHERS, load_dit, save_dit
 from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample, segment_of
@@ -745,6 +745,63 @@ def test_two_processes_equal_one(tmp_path, teacher_file, shard):
             distill.main(flags(teacher_file, tmp_path / name, **options | more))
             losses.append(stats(tmp_path / name)[-1]["loss"])
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_frechet_distance_while_training(tmp_path):
+    """Images of the average on two processes; the same images, drawn and measured here, in one."""
+    argv = ["--iterations", "2", "--batch", "4", "--picture-every", "0", "--eval-every", "1"]
+    argv += ["--eval-images", "81", "--device", "cpu", "--out", str(tmp_path)]
+    run_two("imagenet.distill", argv)
+    found = [record["frechet_distance"] for record in stats(tmp_path)]
+    net, labels = load_dit(tmp_path / "student.safetensors"), torch.arange(81) % 10
+    generators = [torch.Generator().manual_seed(i) for i in range(81)]
+    noise = torch.stack([torch.randn(4, 14, 14, generator=g) for g in generators])
+    with torch.no_grad():
+        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=16, solver="deis")
+    expected = metrics.frechet_distance(fashion.to_images(x_0).clamp(-1, 1))
+    assert len(found) == 2 and found[1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_fid_while_training(tmp_path, monkeypatch):
+    """A stand-in for Inception: three features of an image; its reference has moments only."""
+
+    def inception(pixels):
+        assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (3, 8, 8)
+        return pixels.double().flatten(2).mean(2) / 100, None
+
+    def decode(latents):
+        return fashion.to_images(latents).clamp(-1, 1).repeat(1, 3, 1, 1) * torch.ones(3, 1, 1)
+
+    monkeypatch.setattr(metrics, "load_inception", lambda weights, device: inception)
+    monkeypatch.setattr(monitor, "load_decoder", lambda net, device: decode)
+    mean, covariance = torch.tensor([1.0, 2.0, 1.5]).double(), torch.eye(3).double()
+    np.savez(tmp_path / "reference.npz", mu=mean.numpy(), sigma=covariance.numpy())
+    config = dataclasses.replace(settings(), eval_images=150, components=3)
+    config = dataclasses.replace(config, reference=str(tmp_path / "reference.npz"))
+    net = dataclasses.replace(SMALL, decoder="some VAE")
+    student = start(config)[0].student.eval()
+    evaluation = monitor.FrechetEval(config, net, CPU)
+    noise = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(150)]
+    x_0 = sample(
+        distill.dit_student(student, torch.arange(150) % 10), torch.stack(noise),
+        total_substeps=4, solver="deis",
+    )  # fmt: skip
+    pixels = (decode(x_0) * 127.5 + 127.5).round().to(torch.uint8)
+    ours = metrics.moments(inception(pixels)[0])
+    expected = metrics.gaussian_distance(*ours, mean, covariance)
+    assert evaluation.name == "fid"
+    assert evaluation.distance(student) == pytest.approx(expected, rel=1e-4)
+
+
+def test_fid_needs_a_reference_before_anything_is_trained(tmp_path):
+    config = dataclasses.replace(settings(), eval_every=5)
+    with pytest.raises(ValueError, match="--eval-every needs --reference"):
+        monitor.FrechetEval(config, dataclasses.replace(SMALL, decoder="some VAE"), CPU)
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="--reference"):
+        distill.main(["--eval-every", "5", "--reference", str(empty), "--out", str(out)])
+    assert not out.exists()
 
 
 def test_compile_is_per_block_and_not_of_the_average(monkeypatch, recwarn):
