@@ -161,7 +161,27 @@ def notebook_style() -> None:
     """STYLE for every figure of the notebook that calls it, at a size that can be projected."""
     import matplotlib.pyplot as plt
 
+    plt.switch_backend(plt.get_backend())  # else figures without pyplot are shown as text
     plt.rcParams.update(STYLE | {"figure.dpi": 110, "figure.constrained_layout.use": True})
+
+
+def image_board(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> None:
+    """A labelled line of images, (n, 1, H, W) in [-1, 1], for every entry, in one picture."""
+    import matplotlib.pyplot as plt
+
+    board = torch.stack(list(rows.values()))[:, :, 0]  #                          (lines, n, H, W)
+    board = torch.nn.functional.pad(board, (1, 1, 1, 1), value=1.0)
+    lines, count, height, width = board.shape
+    size = min(0.95, 4.5 / lines)  # inches of an image
+    figure, axis = plt.subplots(figsize=(2.2 + size * count, 0.4 + size * lines))
+    board = board.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)
+    axis.imshow(board, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axis.set_yticks([height * (i + 0.5) for i in range(lines)], list(rows))
+    axis.set_xticks([width * (i + 0.5) for i in range(len(columns))], list(columns))
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    axis.grid(False)
+    plt.show()
 
 
 def draw_field(axis: "Axes", velocity, t: float, limit: float = 3.0, color: Any = GREY) -> None:
