@@ -258,9 +258,9 @@ def check_fit(source: str | Path, net: DiT, state: dict[str, Tensor]) -> None:
         ],
         "not finite": [key for key, value in state.items() if not value.isfinite().all()],
     }
-    told = [f"{what}: {listed(keys)}" for what, keys in wrong.items() if keys]
-    if told:
-        raise ValueError(f"{source} does not fit a DiT; {'; '.join(told)}")
+    found = [f"{what}: {listed(keys)}" for what, keys in wrong.items() if keys]
+    if found:
+        raise ValueError(f"{source} does not fit a DiT; {'; '.join(found)}")
 
 
 def listed(keys: list[str], most: int = 4) -> str:

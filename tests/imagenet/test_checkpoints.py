@@ -229,16 +229,16 @@ def test_hub_sources_need_the_hub_package(monkeypatch):
 
 def test_hub_sources_are_split_into_repository_and_path(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    asked = []
+    requested = []
 
     def download(repository, path):
-        asked.append((repository, path))
+        requested.append((repository, path))
         return str(DATA / "teacher.safetensors")
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     net = load_dit("owner/repository/folder/net.safetensors", num_heads=2, time_scale=1.0)
     assert net.config.depth == 2
-    assert asked == [("owner/repository", "folder/net.safetensors")]
+    assert requested == [("owner/repository", "folder/net.safetensors")]
 
 
 # -- files as people have them ---------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_noise_and_temperature_are_those_of_the_core(files, tmp_path):
 
 
 def test_solver_and_substeps_reach_the_policy(files, tmp_path):
-    """Euler and Adams-Bashforth approach the same images, the second one faster."""
+    """Euler and DEIS approach the same images, the second one faster."""
 
     def images_by(solver: str, substeps: int) -> np.ndarray:
         how = ["--solver", solver, "--total-substeps", str(substeps)]
