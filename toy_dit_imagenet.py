@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from common.cli import check_interval, parse, pick_device, run_cli, setting
-from common.static_policy import Monitor, StaticPolicy, ToySettings, run_toy, stratified
+from common.static_policy import Monitor, StaticPolicy, ToySettings, query_times, run_toy
 from imagenet import fashion
 from imagenet.checkpoints import TEACHERS, Source, load_decoder, load_dit
 from imagenet.dit import PIXELS, DiTConfig, guided_teacher
@@ -63,7 +63,7 @@ _, _, GUIDANCE, INTERVAL = TEACHERS["tiny"]
 PRESETS = {
     "tiny": Settings(
         teacher="tiny", class_name="ankle boot", guidance=GUIDANCE, guidance_interval=INTERVAL,
-        iterations=1200, lr=2e-2, num_intermediates=4, total_substeps=24, solver="deis",
+        iterations=1200, lr=5e-2, num_intermediates=4, total_substeps=24, solver="deis",
         time_weight=1.0, stratified=True, batch_teacher=True,
     ),
     "repa": Settings(teacher="repa"),
@@ -85,7 +85,7 @@ def fit(
             total_substeps=settings.total_substeps, num_intermediates=settings.num_intermediates,
             window_substeps=settings.window_substeps, solver=settings.solver,
             batch_teacher=settings.batch_teacher, generator=generator,
-            uniforms=stratified(len(static.x_src), settings, generator),
+            uniforms=query_times(len(static.x_src), settings, generator),
         )  # fmt: skip
         error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #     (M * B,)
         loss = (error * out.t**settings.time_weight).mean()

@@ -56,7 +56,7 @@ class ToySettings:
     time_weight: float = setting(
         0.0, "squared errors are weighted by t to this power; 0 is the published loss", low=0
     )
-    stratified: bool = setting(False, "one query time in each M-th of the path, less variance")
+    stratified: bool = setting(False, "one query time in each M-th of the path: less variance")
     batch_teacher: bool = setting(False, "one batched teacher query for all intermediates")
     teacher_steps: int = setting(
         512, f"Heun steps of the reference, a multiple of {INTERVALS}", low=1
@@ -123,10 +123,10 @@ class StaticPolicy(nn.Module):
         return GMFlowPolicy(mixture, self.x_src, 1.0)
 
 
-def stratified(
+def query_times(
     batch: int, settings: ToySettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor] | None:
-    """Query times for `pi_id_loss`, one in each M-th of [0, 1); None where they are independent."""
+    """Argument `uniforms` of `pi_id_loss`: one in each M-th of [0, 1), or None: independent."""
     M = settings.num_intermediates
     if not settings.stratified:
         return None

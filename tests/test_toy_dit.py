@@ -15,9 +15,9 @@ from common.static_policy import (
     compare,
     policy_trajectory,
     psnr_db,
+    query_times,
     run_fit,
     run_toy,
-    stratified,
     teacher_trajectory,
 )
 from imagenet import fashion
@@ -91,9 +91,9 @@ def test_initial_policies():
 
 def test_stratified_query_times():
     settings = dataclasses.replace(QUICK, num_intermediates=5, stratified=True)
-    times, _ = stratified(7, settings, torch.Generator().manual_seed(0))
+    times, _ = query_times(7, settings, torch.Generator().manual_seed(0))
     assert torch.equal((times * 5).floor(), torch.arange(5.0).expand(7, 5))  # one in each fifth
-    assert stratified(7, QUICK, torch.Generator()) is None
+    assert query_times(7, QUICK, torch.Generator()) is None
 
 
 @pytest.mark.parametrize("policy", ["gmflow", "dx"])
