@@ -59,12 +59,12 @@ class Settings(ToySettings):
             raise ValueError(f"{flag} is for a file; of --teacher {self.teacher} it is known")
 
 
-_, _, GUIDANCE, INTERVAL = TEACHERS["tiny"]
 PRESETS = {
     "tiny": Settings(
-        teacher="tiny", class_name="ankle boot", guidance=GUIDANCE, guidance_interval=INTERVAL,
-        iterations=1200, lr=5e-2, num_intermediates=4, total_substeps=24, solver="deis",
-        time_weight=1.0, stratified=True, batch_teacher=True,
+        teacher="tiny", class_name="ankle boot", guidance=TEACHERS["tiny"].guidance,
+        guidance_interval=TEACHERS["tiny"].guidance_interval, iterations=1200, lr=5e-2,
+        num_intermediates=4, total_substeps=24, solver="deis", time_weight=1.0, stratified=True,
+        batch_teacher=True,
     ),
     "repa": Settings(teacher="repa"),
     "fm": Settings(teacher="fm"),
@@ -82,10 +82,9 @@ def fit(
         # Rollout of the detached policy from the noise; the teacher is queried at a few times.
         out = pi_id_loss(
             static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
-            total_substeps=settings.total_substeps, num_intermediates=settings.num_intermediates,
-            window_substeps=settings.window_substeps, solver=settings.solver,
-            batch_teacher=settings.batch_teacher, generator=generator,
-            uniforms=query_times(len(static.x_src), settings, generator),
+            num_intermediates=settings.num_intermediates, batch_teacher=settings.batch_teacher,
+            generator=generator, uniforms=query_times(len(static.x_src), settings, generator),
+            **settings.rollout,
         )  # fmt: skip
         error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #     (M * B,)
         loss = (error * out.t**settings.time_weight).mean()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import text_to_image.pipelines as dm
 from common.cli import atomic, parse, pick_device, run_cli, setting
-from common.static_policy import Monitor, StaticPolicy, ToySettings, run_toy
+from common.static_policy import Monitor, StaticPolicy, ToySettings, query_times, run_toy
 from common.teachers import guided_velocity
 from piflow_minimal import Teacher, pi_id_loss
 from text_to_image.tiny_models import tiny_pipeline
@@ -81,9 +81,9 @@ def fit(
         # Rollout of the detached policy from the noise; the teacher is queried at a few times.
         out = pi_id_loss(
             static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
-            total_substeps=settings.total_substeps, num_intermediates=settings.num_intermediates,
-            window_substeps=settings.window_substeps, solver=settings.solver,
-            batch_teacher=settings.batch_teacher, generator=generator,
+            num_intermediates=settings.num_intermediates, batch_teacher=settings.batch_teacher,
+            generator=generator, uniforms=query_times(len(static.x_src), settings, generator),
+            **settings.rollout,
         )  # fmt: skip
         error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #     (M * B,)
         loss = (error * out.t**settings.time_weight).mean()

@@ -49,9 +49,9 @@ class ToySettings:
     iterations: int = setting(5000, "optimizer steps", low=1)
     lr: float = setting(5e-3, "Adam learning rate, decays to 0 along a cosine", above=0)
     num_intermediates: int = setting(2, "teacher queries per iteration", low=1)
-    total_substeps: int = setting(128, "substeps of the policy rollout", low=1)
+    total_substeps: int = setting(128, "substeps of the GMFlow policy rollout", low=1)
     solver: str = setting(
-        "euler", "solver of the policy rollout", choices=("euler", "deis", "exact")
+        "euler", "solver of the GMFlow policy rollout (DX: closed form)", choices=("euler", "deis")
     )
     time_weight: float = setting(
         0.0, "squared errors are weighted by t to this power; 0 is the published loss", low=0
@@ -74,8 +74,6 @@ class ToySettings:
             raise ValueError(
                 f"--teacher-steps is {self.teacher_steps}; it must be a multiple of {INTERVALS}"
             )
-        if self.solver == "exact" and (self.policy == "gmflow" or self.sweep):
-            raise ValueError("--solver exact needs a closed form: use it with --policy dx")
         if self.sweep and self.picture_every:
             raise ValueError("--picture-every is for one run; leave it out with --sweep")
         if self.sweep and self.policy == "dx":
@@ -84,9 +82,11 @@ class ToySettings:
             raise ValueError(f"--out {self.out} is a file; it must be a folder")
 
     @property
-    def window_substeps(self) -> int:
-        """The micro-window: DX needs one."""
-        return 3 if self.policy == "dx" else 0
+    def rollout(self) -> dict[str, Any]:
+        """Options of `pi_id_loss`. The micro-window of DX is 3/128 of the path."""
+        if self.policy == "dx":
+            return {"solver": "exact", "total_substeps": 128, "window_substeps": 3}
+        return {"solver": self.solver, "total_substeps": self.total_substeps}
 
 
 class StaticPolicy(nn.Module):
@@ -161,7 +161,7 @@ def teacher_trajectory(teacher: Teacher, x: Tensor, steps: int, shift: float = 1
 
 
 def policy_trajectory(
-    policy: Policy, total_substeps: int = 128, solver: str = "euler", shift: float = 1.0
+    policy: Policy, shift: float = 1.0, total_substeps: int = 128, solver: str = "euler"
 ) -> Tensor:
     """The policy's rollout at the same times -> (INTERVALS + 1, B, C, *)."""
     tau = torch.linspace(1, 0, INTERVALS + 1).to(policy.x_src)
@@ -219,11 +219,11 @@ def run_fit(
     generator = torch.Generator().manual_seed(settings.seed + 1)  # `seed` itself gave the noise
     with torch.no_grad():
         u_src = teacher(x_src, x_src.new_ones(len(x_src)))
-    kind, size = settings.policy, settings.components
+    kind, size, options = settings.policy, settings.components, settings.rollout
     static = StaticPolicy(x_src, u_src, kind, size, shift, generator)
 
     def trajectory(policy: Policy) -> Tensor:
-        return policy_trajectory(policy, settings.total_substeps, settings.solver, shift)
+        return policy_trajectory(policy, shift, options["total_substeps"], options["solver"])
 
     def monitor(i: int, loss: Tensor, static: StaticPolicy) -> None:
         losses[i], done = loss, i + 1
