@@ -398,12 +398,12 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Any
     replaced = {name for name in layers & known.keys() if name.startswith(REPLACED)}
     used, other = (layers & known.keys()) - replaced, layers - known.keys()
     parts = {"not in this base": other, "replaced by the adapter": replaced}
-    told = [f"{kind}: {_first(sorted(names), 4)}" for kind, names in parts.items() if names]
+    notes = [f"{kind}: {_first(sorted(names), 4)}" for kind, names in parts.items() if names]
     if not used:
-        raise ValueError(f"{what}: none of its {len(layers)} layers is used; {'; '.join(told)}")
-    if told:
+        raise ValueError(f"{what}: none of its {len(layers)} layers is used; {'; '.join(notes)}")
+    if notes:
         counts = f"{len(used)} of {len(layers)} layers are used"
-        warnings.warn(f"{what}: {counts}; {'; '.join(told)}", stacklevel=3)
+        warnings.warn(f"{what}: {counts}; {'; '.join(notes)}", stacklevel=3)
     if isinstance(source, dict):
         others = tuple(f"{name}." for name in other | replaced)
         return {key: value for key, value in source.items() if not f"{key}.".startswith(others)}

@@ -539,10 +539,3 @@ def check_memory(
         f"not enough GPU memory: {line} are needed, {available:.0f} GB are free; "
         + (f"these would fit: {'; '.join(helps)}" if helps else "no option makes it fit")
     )
-
-
-def tiny_pipeline(family: Family, seed: int = 0) -> Any:
-    """Moved to tiny_models.py."""
-    from text_to_image.tiny_models import tiny_pipeline as build
-
-    return build(family, seed)

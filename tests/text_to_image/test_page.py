@@ -109,7 +109,7 @@ def test_page_in_a_browser(tmp_path):
         return [e for e in browser.find_elements("tag name", tag) if test(e)]
 
     def wait(condition):
-        return WebDriverWait(browser, 60).until(lambda _: condition())
+        return WebDriverWait(browser, 120).until(lambda _: condition())
 
     try:
         browser.get(url)
@@ -122,7 +122,7 @@ def test_page_in_a_browser(tmp_path):
         assert said and "network" in said[0].get_attribute("value")
         browser.save_screenshot(str(tmp_path / "page.png"))
         prompt = find("textarea", lambda e: e.get_attribute("value") == "a jay")[0]
-        prompt.clear()
+        prompt.send_keys(*[webdriver.Keys.BACKSPACE] * len("a jay"))
         draw.click()
         wait(lambda: "none may be empty" in browser.find_element("tag name", "body").text)
         severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
