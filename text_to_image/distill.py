@@ -166,7 +166,7 @@ class Run:
         self.settings, self.roles, self.place = settings, roles, place
         self.iteration, self.skipped, self.bad, self.seconds = 0, 0, 0, 0.0
         if settings.shard:
-            shard(roles.net)
+            shard(roles)
         self.names = list(roles.trained())
         self.weights = nn.ParameterList(roles.trained().values())
         self.ema = nn.ParameterList(
@@ -274,8 +274,8 @@ def backward(run: Run, prompts: cache_prompts.PromptCache, pipe: Any) -> Tensor:
     for number in range(rank, len(micro_batches), world):
         rows = micro_batches[number]
         generator = draw_generator(s, run.iteration, number)
-        conditions = prompts.conditions(rows).to(device, run.roles.net.dtype)
-        negative = prompts.negative and prompts.negative.to(device, run.roles.net.dtype)
+        conditions = prompts.conditions(rows).to(device, run.roles.dtype)
+        negative = prompts.negative and prompts.negative.to(device, run.roles.dtype)
         student = make_student(run.roles, conditions)
         teacher = make_teacher(run.roles, conditions, negative)
         if s.data_dependent:
@@ -322,30 +322,38 @@ def prepare(settings: Settings, place: runs.Place) -> tuple[Run, cache_prompts.P
     check(s, place.world)
     decisive = {name: value for name, value in asdict(s).items() if name not in RESUMABLE}
     runs.on_first(runs.check_same, runs.join(s.out, "config.json"), decisive)
-    torch.manual_seed(s.seed)
     if s.tiny:
         pipe, folder = tiny_base(s, family, place)
+        config = pipe.transformer.config
     else:
-        line = check_memory(s, place)
+        empty, folder = dm.empty_components(family, s.base or None)["transformer"], s.prompts
+        config, line = empty.config, check_memory(s, place, empty)
         if place.rank == 0:
             print(line)
-        text = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "processor")
-        config = getattr(dm.import_diffusers(), family.pipeline).load_config(s.base or family.repo)
-        without = [name for name in text if name in config]
-        pipe, folder = dm.load_base(family, s.base or None, without=without), s.prompts
-    base, net = "tiny" if s.tiny else s.base or family.repo, pipe.transformer
-    width = net.config.joint_attention_dim
-    prompts = cache_prompts.PromptCache(folder, family, base, width)
+    base = "tiny" if s.tiny else s.base or family.repo
+    prompts = cache_prompts.PromptCache(folder, family, base, config.joint_attention_dim)
     if s.data_dependent and not prompts.has_latents:
         raise ValueError(f"--data-dependent: {folder} has no latents; cache_prompts --images")
+    if not s.tiny:
+        pipe = dm.load_base(family, s.base or None, without=text_parts(family, s.base))
     torch.manual_seed(s.seed)
+    net = pipe.transformer
     roles = TwoRoles(net, s)
-    net.to(place.device).train()
+    net.train()
+    if not s.shard:  # `shard` moves block by block
+        net.to(place.device)
     if s.checkpointing:
         net.enable_gradient_checkpointing()
     run = Run(s, roles, place)
     run.restore()
     return run, prompts, pipe
+
+
+def text_parts(family: dm.Family, base: str) -> list[str]:
+    """The components of the pipeline that only encode prompts."""
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "processor")
+    pipeline = getattr(dm.import_diffusers(), family.pipeline)
+    return [name for name in names if name in pipeline.load_config(base or family.repo)]
 
 
 def tiny_base(settings: Settings, family: dm.Family, place: runs.Place) -> tuple[Any, str]:
@@ -358,7 +366,7 @@ def tiny_base(settings: Settings, family: dm.Family, place: runs.Place) -> tuple
         source = Path(settings.out) / "prompts.txt"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("\n".join(TINY_PROMPTS) + "\n")
-        length = 32 if family.guidance else 512
+        length = 32 if family.guidance else 512  # Qwen-Image's template comes before the prompt
         cache_prompts.cache(
             cache_prompts.Settings(str(source), Path(folder), family.name, tiny=True,
                                    max_length=length),
@@ -393,7 +401,13 @@ def main(argv: list[str] | None = None) -> None:
     presets = {name: tiny(preset) if small else preset for name, preset in PRESETS.items()}
     settings = parse(Settings, __doc__, argv, presets)
     with runs.processes(settings.device) as place:
-        run = train(settings, place)
+        try:
+            run = train(settings, place)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                "the GPU ran out of memory: try --micro-batch 1, --optimizer adamw8bit, or more "
+                "GPUs with --shard"
+            ) from error
     if place.rank == 0:
         done = run.iteration == settings.iterations
         print(f"iteration {run.iteration} of {settings.iterations}, {run.seconds:.0f} s; "

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagenet.distributed as runs
@@ -84,7 +84,7 @@ class PairedEval:
     """Fixed prompts and noises, and where the teacher takes them in many steps."""
 
     def __init__(self, run: "Run", prompts: "PromptCache", pipe: Any):
-        s, device, dtype = run.settings, run.place.device, run.roles.net.dtype
+        s, device, dtype = run.settings, run.place.device, run.roles.dtype
         self.run, self.pipe, rows = run, pipe, [i % len(prompts) for i in range(s.pictures)]
         shape = dm.latent_shape(pipe, *s.sizes[0])
         generator = torch.Generator().manual_seed(s.seed)
@@ -142,10 +142,11 @@ def memory_needed(
     return (2 * base + per_trained * trained) / split + work + 1.5 * dm.GB
 
 
-def check_memory(settings: "Settings", place: runs.Place) -> str:
-    """One line, printed before anything is loaded. Raises: ValueError if the GPU has less."""
-    family = dm.FAMILIES[settings.family]
-    net = dm.empty_components(family, settings.base or None)["transformer"]
+def check_memory(settings: "Settings", place: runs.Place, net: nn.Module) -> str:
+    """One line, printed before anything is loaded. net: on the meta device; gets a student's parts.
+
+    Raises: ValueError if the GPU has less.
+    """
     base = sum(p.numel() for p in net.parameters())
     with torch.device("meta"):
         trained = sum(p.numel() for p in TwoRoles(net, settings).trained().values())

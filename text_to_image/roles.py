@@ -57,7 +57,7 @@ class TwoRoles:
 
     The student has LoRA, an output norm and a policy head of its own (float32); nothing else of
     `transformer`, which is changed in place, has a gradient.
-    Raises: ValueError if the rank is larger than a layer.
+    Raises: ValueError if the transformer is of another family, or the rank larger than a layer.
     """
 
     def __init__(self, transformer: nn.Module, settings: "Settings"):
@@ -65,7 +65,12 @@ class TwoRoles:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.net, self.settings, config = transformer, settings, transformer.config
-        self.kind = type(transformer).__name__  # fully_shard gives the class another name
+        self.kind, self.dtype = type(transformer).__name__, transformer.dtype  # of the base alone
+        family = dm.FAMILIES[settings.family]
+        if self.kind != family.transformer:
+            raise ValueError(
+                f"--family {family.name} needs a {family.transformer}, the base has a {self.kind}"
+            )
         transformer.requires_grad_(False)
         pattern = LORA_TARGETS[settings.family].replace("{last}", str(config.num_layers - 1))
         targets = {k: m for k, m in transformer.named_modules() if re.fullmatch(pattern, k)}
@@ -113,7 +118,7 @@ class TwoRoles:
         return head
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name. Ask again after `fully_shard`."""
+        """What is trained, by name; `shard` replaces these parameters."""
         return {k: p for k, p in self.net.named_parameters() if p.requires_grad}
 
     @contextlib.contextmanager
@@ -136,7 +141,7 @@ def make_student(roles: TwoRoles, conditions: dm.Conditions) -> Callable:
     """The callable (x (B, C, H, W), t (B,)) -> policy."""
     s, family = roles.settings, dm.FAMILIES[roles.settings.family]
     embedded = s.guidance if family.guidance is not None else None
-    bf16 = roles.net.dtype == torch.bfloat16
+    bf16 = roles.dtype == torch.bfloat16
 
     def student(x: Tensor, t: Tensor):
         inputs = dm.network_inputs(family, x, t, conditions, embedded)
@@ -171,17 +176,17 @@ def make_teacher(
 # ---- Processes and files -------------------------------------------------------------------------
 
 
-def shard(net: nn.Module) -> None:
-    """Splits frozen and trained parameters over all processes, block by block."""
+def shard(roles: TwoRoles) -> None:
+    """Splits frozen and trained parameters over all processes, block by block, in place."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if net.dtype == torch.bfloat16:  # LoRA travels as bfloat16, its gradients as float32
+    if roles.dtype == torch.bfloat16:  # LoRA travels as bfloat16, its gradients as float32
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for blocks in ("transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(net, blocks, ()):
+        for block in getattr(roles.net, blocks, ()):
             fully_shard(block, mp_policy=precision)
-    fully_shard(net, mp_policy=precision)
+    fully_shard(roles.net, mp_policy=precision)
 
 
 def export_adapter(folder: str, roles: TwoRoles, weights: dict[str, Tensor]) -> None:
@@ -204,7 +209,7 @@ def export_adapter(folder: str, roles: TwoRoles, weights: dict[str, Tensor]) -> 
         config["_class_name"] = roles.kind
         policy = {"type": "DX", "segment_size": spec.segment_size, "shift": spec.shift}
     tensors = {
-        adapter_key(name, s.policy): value.to("cpu", roles.net.dtype).contiguous()
+        adapter_key(name, s.policy): value.to("cpu", roles.dtype).contiguous()
         for name, value in weights.items()
     }
     with runs.writing(runs.join(folder, "diffusion_pytorch_model.safetensors")) as temporary:

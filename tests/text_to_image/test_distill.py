@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from common.teachers import guided_velocity  # noqa: E402
 from imagenet.distributed import Place  # noqa: E402
 from piflow_minimal import pi_id_loss, segment_of, shift_time  # noqa: E402
 from tests.two_processes import run_two  # noqa: E402
+from text_to_image import cache_prompts  # noqa: E402
 from text_to_image.adapters import apply_adapter, policy_of, read_adapter  # noqa: E402
 from text_to_image.distill import PRESETS, Settings  # noqa: E402
 from text_to_image.monitor import memory_needed  # noqa: E402
@@ -166,6 +168,12 @@ def test_the_untrained_student_repeats_the_base(preset):
 def test_lora_rank_larger_than_a_layer():
     with pytest.raises(ValueError, match="--lora-rank 25: layer .* is 256 x 24"):
         TwoRoles(tiny_pipeline(dm.FAMILIES["flux"]).transformer, small("gm-flux", lora_rank=25))
+
+
+def test_a_base_of_another_family():
+    net = tiny_pipeline(dm.FAMILIES["qwen"]).transformer
+    with pytest.raises(ValueError, match="--family flux needs a FluxTransformer2DModel, the base"):
+        TwoRoles(net, small("gm-flux"))
 
 
 # ---- Presets and export --------------------------------------------------------------------------
@@ -338,6 +346,29 @@ def test_generate_draws_with_the_adapter(tmp_path):
         "a bag", "--height", "64", "--width", "64", "--out", str(tmp_path / "pictures"),
     ])  # fmt: skip
     assert list((tmp_path / "pictures").glob("*.png"))
+
+
+def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
+    """What a real run does: prompts cached beforehand, no text encoder, bfloat16 base."""
+    base, cache = str(tmp_path / "base"), tmp_path / "prompts"
+    tiny_pipeline(dm.FAMILIES["flux"]).save_pretrained(base)
+    (tmp_path / "prompts.txt").write_text("a bag\na coat\n")
+    cache_prompts.main([
+        str(tmp_path / "prompts.txt"), "--family", "flux", "--base", base, "--out", str(cache),
+        "--max-length", "16", "--device", "cpu",
+    ])  # fmt: skip
+    shutil.rmtree(Path(base) / "text_encoder_2")
+    monkeypatch.setattr(distill, "SIZES", ((64, 64),))
+    distill.main([
+        "--preset", "dx-flux", "--base", base, "--prompts", str(cache), "--lora-rank", "4",
+        "--iterations", "2", "--batch", "2", "--total-substeps", "16", "--log-every", "1",
+        "--pictures", "1", "--teacher-steps", "2", "--device", "cpu", "--out", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert "memory: about" in capsys.readouterr().out
+    assert all(math.isfinite(loss) for loss in losses_of(tmp_path / "run"))
+    assert {v.dtype for v in checkpoint(tmp_path / "run")["ema"].values()} == {torch.float32}
+    with safe_open(tmp_path / "run/adapter/diffusion_pytorch_model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
