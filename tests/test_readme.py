@@ -1,18 +1,28 @@
-"""What the README promises about the code exists, and its commands are the ones that CI runs."""
+"""What the README promises: names, files and commands exist, and its 40 lines are the method."""
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from piflow_minimal import GaussianMixture, GMFlowPolicy, pi_id_loss, rollout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "outputs"} & set(p.parts))
 
 
 def section(title: str) -> str:
-    """The text of one section, without its sub-sections' headings."""
+    """The text of one section."""
     return re.search(rf"\n## {re.escape(title)}\n(.*?)(?=\n## |\Z)", README, re.S).group(1)
+
+
+def forty_lines() -> str:
+    return re.search(r"<!-- forty lines -->\n```python\n(.*?)```", README, re.S).group(1)
 
 
 def test_every_name_in_the_paper_map_exists():
@@ -21,25 +31,39 @@ def test_every_name_in_the_paper_map_exists():
     assert len(names) > 20
     core = importlib.import_module("piflow_minimal")
     for name in names:
-        module, _, rest = name.partition(".")
-        if (ROOT / f"{module}.py").is_file():
-            found = importlib.import_module(module)
-            assert hasattr(found, rest), name
+        if name.startswith(("common.", "imagenet.", "text_to_image.")):
+            module, _, rest = name.rpartition(".")
+            if module.count("."):
+                assert hasattr(importlib.import_module(module), rest), name
+            else:
+                importlib.import_module(name)
         elif "." in name:
-            assert hasattr(getattr(core, module), rest), name
+            kind, _, method = name.partition(".")
+            assert hasattr(getattr(core, kind), method), name
         else:
-            loss = core.pi_id_loss.__annotations__
-            assert hasattr(core, name) or name in loss, name
+            assert hasattr(core, name) or name in core.pi_id_loss.__annotations__, name
 
 
-def test_every_file_that_it_names_is_there():
-    names = set(re.findall(r"`([\w./-]+\.(?:py|txt|md|ipynb))`", README))
-    names |= set(re.findall(r"\]\((?!http)([^)#]+)\)", README))  # links and pictures
-    names |= set(re.findall(r"(?:python|1|8|2) (\w+\.py)", README))  # commands
-    names |= set(re.findall(r"^    ([\w./]+\.py|\w+/) {2,}", README, re.M))  # the layout
-    assert {"piflow_minimal.py", "toy_2d.py", "notebooks/", "assets/toy_2d.png"} <= names
-    missing = sorted(name for name in names if not (ROOT / name).exists())
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_modules_that_a_page_names_are_there(page):
+    text = page.read_text()
+    links = set(re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", text))
+    missing = [name for name in links if not (page.parent / name).exists()]
+    commands = set(re.findall(r"(?:python3?|nproc-per-node \w+) (\w+\.py)", text))
+    missing += [name for name in commands if not (ROOT / name).exists()]
+    for module in set(re.findall(r"-m ((?:imagenet|text_to_image|benchmarks|docs|assets)\.\w+)", text)):
+        if not (ROOT / (module.replace(".", "/") + ".py")).exists():
+            missing.append(module)
     assert not missing
+
+
+def test_anchors_of_the_method_page_exist():
+    text = (ROOT / "docs" / "method.md").read_text()
+    heads = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+             for h in re.findall(r"^#+ (.+)$", text, re.M)}  # fmt: skip
+    used = {a for page in PAGES for a in re.findall(r"method\.md#([\w-]+)", page.read_text())}
+    used |= set(re.findall(r"\]\(#([\w-]+)\)", text))
+    assert used and used <= heads
 
 
 @pytest.mark.parametrize("which", ["main", "test"])
@@ -52,5 +76,48 @@ def test_ci_runs_the_commands_that_it_prints(which):
     assert f"from_readme '{which} command'" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_nothing_is_left_to_fill_in():
-    assert "{{" not in README and "TODO" not in README
+def test_the_root_shows_the_design():
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert modules == {"piflow_minimal.py", "toy_2d.py", "toy_dit_imagenet.py", "toy_qwen.py"}
+    assert len(README.splitlines()) < 260
+    for page in PAGES:
+        assert "{{" not in page.read_text() and "TODO" not in page.read_text()
+
+
+def test_forty_lines_equal_the_module():
+    """Velocity, loss and sample of the README's plain code, with its own untrained network."""
+    code = forty_lines()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    plain = {}
+    exec(code[: code.index("adam = ")], plain)
+    torch.manual_seed(1)
+    x_src, x = torch.randn(2, 64, 2)
+    with torch.no_grad():
+        means, log_A, log_std = plain["student"](x_src)
+        log_std = log_std - 1.5
+        mixture = GaussianMixture(means, log_std[:, :, None], log_A[:, :, None])
+        policy, S = GMFlowPolicy(mixture, x_src, 1.0), plain["S"]
+        parts = means, log_A, log_std
+        for t in (1.0, 0.6, 0.1):
+            u = plain["velocity"](*parts, x_src, x, t)
+            assert torch.allclose(u, policy.velocity(x, t), rtol=1e-4, atol=1e-4)
+        end = rollout(policy, x_src, 1.0, 0.0, total_substeps=S)
+        assert torch.allclose(plain["rollout"](parts, x_src, S), end, atol=1e-4)
+        plain["student"] = lambda x_src: parts
+
+        def teacher(x, t):
+            return torch.cat([plain["teacher"](a[None], float(s)) for a, s in zip(x, t, strict=True)])
+
+        for steps in (0, 9, 31):
+            uniforms = torch.full((64, 1), steps / S), torch.zeros(64, 0)
+            out = pi_id_loss(policy, teacher, 1.0, 1.0, num_intermediates=1, total_substeps=S,
+                             uniforms=uniforms)  # fmt: skip
+            assert torch.allclose(plain["pi_id_loss"](x_src, steps), out.loss, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_forty_lines_print_the_error_that_the_readme_states():
+    run = subprocess.run([sys.executable, "-c", forty_lines()], capture_output=True, text=True)
+    error = float(re.search(r"endpoint RMSE ([\d.]+)", run.stdout).group(1))
+    stated = float(re.search(r"endpoint RMSE ([\d.]+)`", README).group(1))
+    assert error == pytest.approx(stated, rel=0.5)
