@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common.plots import BLUE, GREY, VERMILION, new_figure, plane, save_figure
+from common.plots import BLUE, GREY, VERMILION, new_figure, save_figure
 from piflow_minimal import rollout
 from toy_2d import Settings, make_density, train
 
@@ -14,7 +14,8 @@ FOLDER = Path(__file__).parent
 def segment() -> None:
     """One segment of raw time: source, rollout of the detached policy, queries, window, end."""
     figure, axis = new_figure(size=(8.6, 3.0))
-    axis.set(xlim=(1.06, -0.06), ylim=(-1.5, 2.1), xlabel=r"raw time $\tau$ (1 is noise, 0 is data)")
+    axis.set(xlim=(1.06, -0.06), ylim=(-1.5, 2.1))
+    axis.set_xlabel(r"raw time $\tau$ (1 is noise, 0 is data)")
     axis.set(yticks=[], xticks=[1, 0.75, 0.5, 0.25, 0])
     axis.spines["left"].set_visible(False)
     axis.grid(False)
@@ -39,42 +40,42 @@ def segment() -> None:
         label = rf"query {m} at $\tau_{m}$"
         axis.text(tau, -0.62, label, color=VERMILION, **text)
     axis.text(0.52, 0.45, "micro-window", color=VERMILION, **text)
-    axis.text(0.5, 1.55, "teacher's velocity and the policy's (with gradient)\ncompared at each query",
-              color=VERMILION, **text)  # fmt: skip
-    axis.text(0.5, -1.2, "substeps of the detached policy: no network, no gradient", color=BLUE, **text)
+    compared = "the teacher's velocity and the policy's (with gradient)\nare compared at each query"
+    axis.text(0.5, 1.55, compared, color=VERMILION, **text)
+    substeps = "substeps of the detached policy: no network, no gradient"
+    axis.text(0.5, -1.2, substeps, color=BLUE, **text)
     save_figure(figure, FOLDER / "segment.png")
 
 
 def arrows() -> None:
-    """One rollout of a student after 40 iterations, with both velocities at two queried states."""
+    """One rollout of a weak student (one component, 150 iterations), with both velocities."""
     density = make_density("checkerboard")
-    student = train(density, Settings(iterations=40, device="cpu"))
-    noise = torch.tensor([[1.1, 0.9]])
-    tau = torch.tensor([[0.7], [0.35]])
+    settings = Settings(iterations=150, batch=256, components=1, device="cpu")
+    student, noise = train(density, settings), torch.tensor([[-2.5, 2.35]])
+    tau = torch.tensor([[0.55], [0.25]])
     with torch.no_grad():
         policy, path = student(noise, torch.ones(1)), []
-        _, states = rollout(
-            policy, noise, 1.0, 0.0, total_substeps=128, through=tau,
-            callback=lambda i, tau, x: path.append(x),
-        )  # fmt: skip
-    figure, axis = new_figure(size=(5.2, 5.0))
-    data = density.sample(4000, torch.Generator().manual_seed(0))
-    axis.scatter(*data.T, s=1, color="0.85", rasterized=True)
-    plane(axis, limit=2.6)
+        watch = {"callback": lambda i, tau, x: path.append(x), "through": tau}
+        end, states = rollout(policy, noise, 1.0, 0.0, **watch)
+    figure, axis = new_figure(size=(6.2, 5.0))
+    data = density.sample(8000, torch.Generator().manual_seed(0))
+    axis.scatter(*data.T, s=1.5, color="0.82", rasterized=True)
+    axis.set(xlim=(-2.75, -0.6), ylim=(0.85, 2.6), aspect="equal", xlabel="$x$", ylabel="$y$")
     axis.plot(*torch.cat(path).T, color=BLUE, label="rollout of the policy")
-    axis.plot(*noise[0], "o", color="white", markeredgecolor=BLUE, markersize=8, label="noise")
-    axis.plot(*path[-1][0], "o", color=BLUE, markersize=8, label="its end")
-    for t, x in zip(tau, states, strict=True):
-        axis.plot(*x[0], "o", color="black", markersize=6, zorder=4)
-        axis.annotate(f"t = {t.item():.2f}", x[0].tolist(), (8, -14), textcoords="offset points")
+    axis.plot(*noise[0], "o", color="white", markeredgecolor=BLUE, markersize=9, label="noise")
+    axis.plot(*end[0], "o", color=BLUE, markersize=9, label="its end")
+    for t, x, place in zip(tau, states, ((-56, -10), (8, 8)), strict=True):
+        axis.annotate(f"t = {t.item():.2f}", x[0].tolist(), place, textcoords="offset points")
         for u, color in ((density.velocity(x, t), VERMILION), (policy.velocity(x, t), BLUE)):
-            ahead = (x - 0.5 * t * u)[0].tolist()  #  half way to x - t u, the estimate of x_0
-            axis.annotate("", ahead, x[0].tolist(), zorder=4,
-                          arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2})  # fmt: skip
-    axis.plot([], [], color=VERMILION, linewidth=2, label="teacher's velocity (down in t)")
-    axis.plot([], [], color=BLUE, linewidth=2, label="policy's velocity")
+            ahead = (x - t * u)[0].tolist()  #  where the velocity points: x_0 = x - t u
+            arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 2, "shrinkA": 0}
+            axis.annotate("", ahead, x[0].tolist(), zorder=4, arrowprops=arrow)
+        axis.plot(*x[0], "o", color="black", markersize=6, zorder=5)
+    axis.plot([], [], "o", color="black", markersize=6, label="queried states")
+    axis.plot([], [], color=VERMILION, linewidth=2, label="$-t\\,u$ of the teacher")
+    axis.plot([], [], color=BLUE, linewidth=2, label="$-t\\,u$ of the policy")
     axis.plot([], [], "o", color=GREY, markersize=3, label="data")
-    axis.legend(loc="lower left", fontsize=9, frameon=True)
+    axis.legend(loc="upper right", frameon=True)
     save_figure(figure, FOLDER / "rollout.png")
 
 
