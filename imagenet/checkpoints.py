@@ -146,6 +146,8 @@ def load_dit(
     given |= {"head": head, "flip_time": flip_time or None}
     known = header | {key: value for key, value in given.items() if value is not None}
     try:
+        if head and header.get("head", head) != head:
+            raise ValueError(f"head is {head!r}, its header says {header['head']!r}")
         state, facts, notes = to_ours(state)
         config, state = infer_config(state, known, facts, notes)
     except (KeyError, TypeError, ValueError) as error:

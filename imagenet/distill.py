@@ -65,10 +65,11 @@ class Settings:
 
     out: str = setting("outputs", "folder of the run, local or remote (s3://...)")
     teacher: str = setting("repa", "tiny, repa, fm, a file, or owner/repository/path on the Hub")
-    num_heads: int = setting(0, "teacher's attention heads; 0: as its file states, or 16", low=0)
+    num_heads: int = setting(0, "teacher's attention heads; 0: as its file states", low=0)
     time_scale: float = setting(
         0.0, "factor applied to t before the time embedding; 0: as the teacher's file states", low=0
     )
+    flip_time: bool = setting(False, "teacher trained with t = 1 as data (SiT)")
     guidance: float = setting(3.2, "classifier-free guidance of the teacher; 1: none", low=0)
     guidance_interval: tuple[float, float] = setting(
         (0.0, 0.7), "noise levels t with guidance", metavar=("LOW", "HIGH")
@@ -433,7 +434,8 @@ def load_teacher(config: Settings, device: torch.device) -> DiT:
     """The teacher, frozen, with float32 weights."""
     source = TEACHERS.get(config.teacher, Source(config.teacher))
     time_scale = config.time_scale or source.time_scale
-    net = load_dit(source.path, config.num_heads or None, time_scale, device=device)
+    options = {"device": device, "head": "velocity", "flip_time": config.flip_time}
+    net = load_dit(source.path, config.num_heads or None, time_scale, **options)
     return net.requires_grad_(False)
 
 

@@ -288,6 +288,8 @@ def test_twice_the_rows_without_a_sign_of_either_are_refused(tmp_path):
         assert load_dit(path, num_heads=2, head="velocity").config.head == "velocity"
     save_dit(net, tmp_path / "net.safetensors")  # its header says
     assert torch.equal(outputs(load_dit(tmp_path / "net.safetensors")), outputs(net))
+    with pytest.raises(ValueError, match="head is 'velocity', its header says 'dx'"):
+        load_dit(tmp_path / "net.safetensors", head="velocity")
     with pytest.raises(ValueError, match="head is 'velocity', its output layer is a gmflow head"):
         load_dit(DATA / "gm_student.safetensors", num_heads=2, head="velocity")
     odd = head_rows(random_net().state_dict(), torch.randn(4, 3, 24))

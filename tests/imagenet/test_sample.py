@@ -339,7 +339,7 @@ def test_other_settings_are_refused(files, tmp_path):
         (["--reference", "empty.npz"], "neither images"),
         (["--reference", "adm.npz", "--count", "3"], "--count is 3; --reference needs at least 4"),
         (["--nfee", "1"], "unknown argument --nfee; did you mean --nfe?"),
-        (["--head", "velocity"], "head is 'velocity', its output layer is a gmflow head"),
+        (["--head", "velocity"], "head is 'velocity', its header says 'gmflow'"),
         (["--dtype", "float16"], "--dtype is 'float16'; choose one of auto, float32, bfloat16"),
     ],
 )
