@@ -101,7 +101,9 @@ def image_rows(rows: Mapping[str, Sequence], title: str = "") -> "Figure":
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
             show_image(axis, image)
-        line[0].set_title(label, loc="left")
+        place = {"transform": line[0].transAxes, "va": "bottom"}
+        line[0].text(0, 1.04, label, **place).set_in_layout(False)  # it may be wider than an image
+    figure.get_layout_engine().set(h_pad=0.14)  # inches, room for the labels
     figure.suptitle(title, fontsize=11)
     return figure
 
