@@ -45,9 +45,9 @@ def setting(
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text and what it accepts.
 
-    Args: low, high: inclusive bounds of numbers; above: exclusive lower bound; choices: all accepted
-        values; flag: name of the flag, if it is not the field's; positional: no flag at all.
-        A positional field without a default has default=dataclasses.MISSING.
+    Args: low, high: inclusive bounds of numbers, which must be finite unless high=math.inf; above:
+        exclusive lower bound; choices: all accepted values; flag: name of the flag, if it is not
+        the field's; positional: no flag. default=dataclasses.MISSING: it must be given.
     """
     about = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
     about |= {"flag": flag, "metavar": metavar, "positional": positional}
@@ -163,11 +163,12 @@ def check_settings(settings: Any) -> None:
             low, high, above = about["low"], about["high"], about["above"]
             fits = (low is None or value >= low) and (high is None or value <= high)
             fits = fits and (above is None or value > above) and not math.isnan(value)
-            if not fits or (math.isinf(value) and high is None and about.get("low") is not None):
+            if not fits or (math.isinf(value) and high is None):
                 bounds = [f"at least {low:g}"] if low is not None else []
                 bounds += [f"above {above:g}"] if above is not None else []
                 bounds += [f"at most {high:g}"] if high is not None else []
-                raise ValueError(f"{flag} is {value}; it must be {' and '.join(bounds or ['finite'])}")
+                wanted = " and ".join(bounds or ["finite"])
+                raise ValueError(f"{flag} is {value}; it must be {wanted}")
 
 
 def check_interval(flag: str, interval: tuple[float, float]) -> None:

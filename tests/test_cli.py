@@ -1,0 +1,147 @@
+"""common/cli.py: flags of a dataclass, errors of one line, whole-file writes, compilation."""
+
+import warnings
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.cli import (
+    atomic,
+    compiled,
+    compiled_policies,
+    parse,
+    pick_device,
+    run_cli,
+    setting,
+    write_json,
+)
+from piflow_minimal import GaussianMixture, GMFlowPolicy, rollout
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = setting(MISSING, "a name", positional=True)
+    iterations: int = setting(10, "optimizer steps", low=1, high=100)
+    lr: float = setting(0.1, "learning rate", above=0)
+    policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx"))
+    interval: tuple[float, float] = setting((0.0, 1.0), "two numbers", metavar=("LOW", "HIGH"))
+    classes: tuple[int, ...] = setting((), "any number of them")
+    steps: int | None = setting(None, "may stay open", low=1)
+    fast: bool = setting(False, "a switch")
+    label: str = setting("", "text", flag="class")
+    out: Path = setting(Path("outputs"), "folder")
+
+
+def test_flags_become_fields():
+    argv = "net --iterations 3 --lr 1e-3 --policy dx --interval 0.2 0.7 --classes 1 2 --steps 4"
+    argv += " --fast --class jay --out a/b"
+    found = parse(Settings, "About.", argv.split())
+    assert found == Settings(
+        "net", 3, 1e-3, "dx", (0.2, 0.7), (1, 2), 4, True, "jay", Path("a/b")
+    )
+    assert parse(Settings, "About.", ["net"]) == Settings("net")
+    assert parse(Settings, "About.", ["net", "--no-fast"]).fast is False
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("net --iterations 0", "--iterations is 0; it must be at least 1 and at most 100"),
+    ("net --iterations 101", "--iterations is 101"),
+    ("net --lr 0", "--lr is 0.0; it must be above 0"),
+    ("net --lr nan", "--lr is nan"),
+    ("net --lr inf", "--lr is inf"),
+    ("net --policy mlp", "--policy is 'mlp'; choose one of gmflow, dx"),
+    ("net --iteration 3", "unknown argument --iteration; did you mean --iterations?"),
+    ("net --steps 0", "--steps is 0"),
+    ("net --interval 0.5", "--interval"),
+    ("net --classes a", "--classes"),
+    ("", "model"),
+])  # fmt: skip
+def test_what_is_refused(argv, message):
+    with pytest.raises(ValueError) as error:
+        parse(Settings, "About.", argv.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_presets_are_defaults_that_flags_override():
+    presets = {"small": Settings("a", iterations=5), "large": Settings("b", iterations=50, lr=0.2)}
+    assert parse(Settings, "About.", ["net"], presets).iterations == 5
+    found = parse(Settings, "About.", ["net", "--preset", "large", "--lr", "0.3"], presets)
+    assert (found.iterations, found.lr) == (50, 0.3)
+    with pytest.raises(ValueError, match="--preset is 'huge'; choose one of small, large"):
+        parse(Settings, "About.", ["net", "--preset", "huge"], presets)
+    by_field = {"gmflow": Settings("a", lr=0.5), "dx": Settings("a", policy="dx", lr=0.7)}
+    found = parse(Settings, "About.", ["net", "--policy", "dx"], by_field, by="policy")
+    assert (found.policy, found.lr) == ("dx", 0.7)
+
+
+def test_help_states_defaults_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, "About this.\nMore.", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "About this." in text and "More." not in text
+    assert "kind of policy: gmflow, dx (default: gmflow)" in text and "LOW HIGH" in text
+
+
+def test_run_cli_is_one_line_for_users_and_a_traceback_for_bugs():
+    def fail(error):
+        raise error
+
+    for error in (ValueError("a\n  b"), OSError("a b"), ImportError("a b")):
+        with pytest.raises(SystemExit) as stop:
+            run_cli(lambda error=error: fail(error))
+        assert stop.value.code == "error: a b"
+    with pytest.raises(KeyError):
+        run_cli(lambda: fail(KeyError("bug")))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="--device 'tpu' is not available here; use auto"):
+        pick_device("tpu")
+
+
+def test_without_a_compiler_there_is_a_warning_and_the_function_itself(monkeypatch):
+    def broken(function):
+        def call(*args):
+            raise RuntimeError("no compiler\nhere")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="going on without: no compiler$"):
+        assert compiled(torch.sin, torch.ones(1)) is torch.sin
+    before = GMFlowPolicy.velocity
+    with pytest.warns(UserWarning), compiled_policies():
+        assert GMFlowPolicy.velocity is before
+
+
+@pytest.mark.slow
+def test_compiled_policies_compute_the_same():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(3, 4, 2, 3, 4, generator=generator)
+    x = torch.randn(3, 2, 3, 4, generator=generator)
+    mixture = GaussianMixture(means, torch.full((3, 1, 1, 1, 1), -1.5), torch.zeros(3, 4, 1, 3, 4))
+    policy, before = GMFlowPolicy(mixture, x, 1.0), GMFlowPolicy.velocity
+    eager = rollout(policy, x, 1.0, 0.25, 3.2, 16)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            with compiled_policies():
+                assert GMFlowPolicy.velocity is not before
+                found = rollout(policy, x, 1.0, 0.25, 3.2, 16)
+        except UserWarning as warning:
+            pytest.skip(f"no working compiler: {warning}")
+    assert GMFlowPolicy.velocity is before
+    assert (found - eager).abs().max() < 1e-4 * eager.abs().max()
