@@ -27,8 +27,13 @@ SCRIPTS = {  # module: arguments without which it would stop for another reason
     "text_to_image.distill": ["--tiny"],
     "text_to_image.cache_prompts": ["prompts.txt", "--tiny"],
 }
-FILES = {"text.txt": b"a jay\n", "empty.txt": b"", "noise.safetensors": bytes(range(200)),
-         "latin.txt": "caf\xe9\n".encode("latin-1"), "noise.pt": b"PK\x03\x04 no archive"}  # fmt: skip
+FILES = {
+    "text.txt": b"a jay\n",
+    "empty.txt": b"",
+    "noise.safetensors": bytes(range(200)),
+    "latin.txt": "caf\xe9\n".encode("latin-1"),
+    "noise.pt": b"PK\x03\x04 no archive",
+}
 
 
 def kind_of(hint):
