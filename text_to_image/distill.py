@@ -394,12 +394,16 @@ def train(settings: Settings, place: runs.Place) -> Run:
     return run
 
 
+def parse_arguments(argv: list[str] | None = None) -> Settings:
+    """The flags of the command line; --tiny changes the presets' values."""
+    argv = sys.argv[1:] if argv is None else argv
+    presets = {k: tiny(preset) if "--tiny" in argv else preset for k, preset in PRESETS.items()}
+    return parse(Settings, __doc__, argv, presets)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trains, or continues, the run that the command line describes."""
-    argv = sys.argv[1:] if argv is None else argv
-    small = "--tiny" in argv
-    presets = {name: tiny(preset) if small else preset for name, preset in PRESETS.items()}
-    settings = parse(Settings, __doc__, argv, presets)
+    settings = parse_arguments(argv)
     with runs.processes(settings.device) as place:
         try:
             run = train(settings, place)

@@ -110,8 +110,6 @@ def test_every_epoch_sees_every_prompt_in_micro_batches_of_similar_length(settin
         parts = cache.micro_batches(4, 2, 0, i)
         lengths = [[cache.lengths[row] for row in part] for part in parts]
         assert max(lengths[0]) <= min(lengths[1])
-    orders = {tuple(map(tuple, cache.micro_batches(5, 5, seed, 0))) for seed in range(3)}
-    assert len(orders) == 1  # one whole epoch, sorted by length
     assert len({str(cache.micro_batches(4, 2, seed, 0)) for seed in range(5)}) > 1
 
 

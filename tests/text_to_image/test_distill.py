@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from safetensors import safe_open  # noqa: E402
 
 import text_to_image.distill as distill  # noqa: E402
 import text_to_image.pipelines as dm  # noqa: E402
+from common.cli import parse  # noqa: E402
 from common.teachers import guided_velocity  # noqa: E402
 from imagenet.distributed import Place  # noqa: E402
 from piflow_minimal import pi_id_loss, segment_of, shift_time  # noqa: E402
@@ -362,7 +364,8 @@ def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
     distill.main([
         "--preset", "dx-flux", "--base", base, "--prompts", str(cache), "--lora-rank", "4",
         "--iterations", "2", "--batch", "2", "--total-substeps", "16", "--log-every", "1",
-        "--pictures", "1", "--teacher-steps", "2", "--device", "cpu", "--out", str(tmp_path / "run"),
+        "--pictures", "1", "--teacher-steps", "2", "--device", "cpu",
+        "--out", str(tmp_path / "run"),
     ])  # fmt: skip
     assert "memory: about" in capsys.readouterr().out
     assert all(math.isfinite(loss) for loss in losses_of(tmp_path / "run"))
@@ -384,6 +387,19 @@ def test_sigterm_saves(tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "run the same command again" in output
     assert checkpoint(tmp_path)["iteration"] == len(losses_of(tmp_path))
+
+
+def test_documented_commands_parse():
+    folder = Path(distill.__file__).parent
+    text = "".join((folder / name).read_text() for name in ("README.md", "distill.py"))
+    pattern = r"-m (text_to_image\.(?:distill|cache_prompts))( --.*| [A-Z]\w+/.*|)$"
+    commands = re.findall(pattern, re.sub(r" +# .*", "", text), re.M)
+    assert len(commands) >= 8
+    for module, flags in commands:
+        if module.endswith("cache_prompts"):
+            parse(cache_prompts.Settings, "", flags.split())
+        else:
+            distill.parse_arguments(flags.split())
 
 
 # ---- Bad input and memory ------------------------------------------------------------------------
