@@ -316,6 +316,7 @@ def test_resume_is_bit_for_bit(tmp_path):
         distill.main([*argv, "--out", str(halves), "--lr", "0.5"])
 
 
+@pytest.mark.slow
 def test_two_processes_with_and_without_shard_give_the_losses_of_one(tmp_path):
     argv = [*FAST, "--preset", "gm-qwen", "--iterations", "3"]
     distill.main([*argv, "--out", str(tmp_path / "one")])
@@ -374,6 +375,7 @@ def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_sigterm_saves(tmp_path):
     argv = [*FAST, "--iterations", "100000", "--save-every", "100000", "--out", str(tmp_path)]
