@@ -29,7 +29,7 @@ from text_to_image.pipelines import PATCH, naming, require_package, unpack
 
 LORA_NAME = "piflow"
 REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter
-HUB_NAME = r"[\w.-]+/[\w.-]+(/[\w.-]+)*"  # user/repository[/folder]
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*(/[\w.-]+)*"  # user/repository[/folder]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -218,6 +218,7 @@ def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
             for key, shape in expected.items()
             if given.get(key, shape) != shape
         ],
+        "not finite": sorted(k for k, v in adapter.tensors.items() if not v.isfinite().all()),
     }
     if any(problems.values()):
         lists = (f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
@@ -386,6 +387,8 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Any
         name, half = match.groups() if match else (key, "")
         name = name.replace("text_encoder.text_model.", "text_encoder.")  # as of transformers 5
         halves.setdefault(name, set()).add(half)
+        if not tensor.isfinite().all():
+            raise ValueError(f"{what}: {key} is not finite")
         layer = getattr(known.get(name), "base_layer", known.get(name))
         if half in ("A", "B") and isinstance(layer, nn.Linear):
             given = tensor.shape[1] if half == "A" else tensor.shape[0]

@@ -121,6 +121,7 @@ class FewStep:
 
     def student(self, conditions: dm.Conditions, guidance: float | None = None, progress=None):
         """The callable (x (B, C, H, W), t (B,)) -> policy that `piflow_minimal.sample` takes."""
+        guidance = self.guidance if guidance is None or self.guidance is None else guidance
 
         def evaluate(x: Tensor, t: Tensor) -> Policy:
             start = self._clock()
@@ -139,7 +140,6 @@ class FewStep:
     ) -> Tensor:  # fmt: skip
         """Latents x_0 from noise (B, C, H, W); the arguments are those of the call below."""
         nfe = self.nfe if nfe is None else nfe
-        guidance = self.guidance if guidance is None or self.guidance is None else guidance
         if self.policy.kind == "DX":
             temperature = 1.0
         elif temperature is None:

@@ -1,6 +1,7 @@
 """Adapters: recorded network calls, what is refused, and style LoRAs."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -116,6 +117,7 @@ LORA = "transformer_blocks.0.img_mlp.net.2.lora_A.weight"
         ("gmqwen", resize(LORA, 2, 95), ["shape", LORA, "(2, 95)", "(2, 96)"]),
         ("gmqwen", resize(LORA, 3, 96), ["shape", "lora_B.weight", "(24, 2)", "(24, 3)"]),
         ("gmflux2", resize("norm_out.linear.bias", 48), ["unknown", "norm_out.linear.bias"]),
+        ("gmqwen", lambda v: v[LORA].fill_(math.nan), ["not finite: " + LORA]),
         ("dxflux", resize("proj_out.bias", 150), ["shape", "proj_out.bias", "(150,)", "(160,)"]),
     ],
 )
@@ -380,6 +382,7 @@ def test_layers_of_a_style_lora_that_are_not_used_are_said(tensors, parts, tmp_p
         ({}, "none of its 0 layers is used"),
         (lora(f"transformer.{LAYER}", down=torch.zeros(2, 30)), "a side of 30, .* it has 24"),
         (lora(f"transformer.{LAYER}", up=torch.zeros(8, 2)), "a side of 8, .* it has 24"),
+        (lora(f"transformer.{LAYER}", down=DOWN / 0), "lora_A.weight is not finite"),
         ({f"{LAYER}.lora_A.weight": DOWN}, "lora_A or lora_B is missing"),
         (None, "SafetensorError"),
     ],

@@ -468,6 +468,8 @@ BAD = [
     (["--prompt", "a", "--lora", "style=much"], "--lora style=much: 'much' is not a strength"),
     (["--prompt", "a", "--lora", "style=nan"], "style: strength nan; it must be finite"),
     (["--prompt", "a", "--lora", "missing.safetensors"], "missing.safetensors is neither a file"),
+    (["--prompt", "a", "--lora", "./missing.safetensors"], "is neither a file, a folder nor"),
+    (["--prompt", "a", "--adapter", "../missing"], "is neither a folder nor a Hub name"),
     (["--prompt", "a", "--lora", "EMPTY"], "empty.txt: only .safetensors files are read"),
     (["--prompt", "a", "--lora", "style.pt"], "style.pt: only .safetensors files are read"),
     (["--prompt", "a", "--lora", "FOLDER"], "the folder has 0 .safetensors files"),
