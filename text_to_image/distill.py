@@ -233,7 +233,9 @@ class Run:
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, average in zip(self.weights, self.ema, strict=True):
-            parameter.data, average.data = average.data, parameter.data
+            kept = parameter.clone()  # in place: fully_shard holds on to the storage
+            parameter.copy_(average)
+            average.copy_(kept)
 
     def save(self) -> None:
         """Writes a checkpoint and the adapter. Every process calls this."""

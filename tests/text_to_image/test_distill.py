@@ -318,10 +318,16 @@ def test_resume_is_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_with_and_without_shard_give_the_losses_of_one(tmp_path):
-    argv = [*FAST, "--preset", "gm-qwen", "--iterations", "3"]
+    argv = [*FAST, "--preset", "gm-qwen", "--iterations", "3", "--ema-start", "1"]
+    argv += ["--picture-every", "3", "--pictures", "1", "--teacher-steps", "2"]
     distill.main([*argv, "--out", str(tmp_path / "one")])
     run_two("text_to_image.distill", [*argv, "--out", str(tmp_path / "two")])
     run_two("text_to_image.distill", [*argv, "--shard", "--out", str(tmp_path / "sharded")])
+    ends = [
+        json.loads((tmp_path / name / "stats.jsonl").read_text().splitlines()[-1])["endpoint_rmse"]
+        for name in ("one", "two", "sharded")
+    ]
+    assert ends[1:] == pytest.approx(ends[:1] * 2, rel=1e-3)
     one = losses_of(tmp_path / "one")
     assert losses_of(tmp_path / "two") == pytest.approx(one, rel=1e-4)
     assert losses_of(tmp_path / "sharded") == pytest.approx(one, rel=1e-4)
@@ -333,6 +339,23 @@ def test_two_processes_with_and_without_shard_give_the_losses_of_one(tmp_path):
     distill.main(
         [*argv, "--out", str(tmp_path / "sharded"), "--iterations", "4"]
     )  # fewer processes
+
+
+def test_data_dependent(tmp_path):
+    """Algorithm 2 from cached image latents: one random segment per sample."""
+    from PIL import Image
+
+    Image.new("RGB", (40, 32), (200, 30, 90)).save(tmp_path / "a.png")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a bag", "file": "a.png"}\n' * 2)
+    cache_prompts.main([
+        str(tmp_path / "prompts.jsonl"), "--family", "flux", "--tiny", "--images", "file",
+        "--size", "32", "--max-length", "16", "--device", "cpu", "--out", str(tmp_path / "cache"),
+    ])  # fmt: skip
+    argv = [*FAST, "--preset", "dx-flux", "--iterations", "2", "--prompts", str(tmp_path / "cache")]
+    distill.main([*argv, "--data-dependent", "--out", str(tmp_path / "run")])
+    lines = (tmp_path / "run" / "stats.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["loss_by_segment"]) for line in lines] == [1, 1]
+    assert all(0 < loss < 10 for loss in losses_of(tmp_path / "run"))
 
 
 def test_generate_draws_with_the_adapter(tmp_path):
