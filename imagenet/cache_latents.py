@@ -21,7 +21,6 @@ continues an interrupted run. Needs diffusers (the VAE) and Pillow.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -269,7 +268,7 @@ def open_shards(folder: str | Path, net: DiTConfig) -> tuple[list[np.ndarray], n
     Raises: ValueError, with the file's name, for what is damaged, or was not made for such a
         network: another VAE, scale, number of channels, size or number of classes.
     """
-    made_from = json.loads(runs.read_text(Path(folder) / "settings.json") or "{}")
+    made_from = runs.read_json(Path(folder) / "settings.json")
     shards, moments, labels = sorted(Path(folder).glob("latents_*.npy")), [], []
     if not shards:
         raise ValueError(f"--latents {folder}: no latents_*.npy in it")

@@ -270,13 +270,24 @@ def read_text(path: str | Path) -> str | None:
         return None
 
 
+def read_json(path: str | Path) -> dict:
+    """A JSON object; {} if there is no such file. Raises: ValueError that names a damaged file."""
+    try:
+        value = json.loads(read_text(path) or "{}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
 def check_same(path: str | Path, settings: dict) -> dict:
     """Compares `settings` with those that an earlier run left in a JSON file, if there is one.
 
     Returns: the earlier ones, all of them; empty if there is no such file.
     Raises: ValueError that names the first one that differs.
     """
-    before = json.loads(read_text(path) or "{}")
+    before = read_json(path)
     for name, value in json.loads(json.dumps(settings)).items():
         if before.get(name, value) != value:
             raise ValueError(

@@ -149,7 +149,7 @@ def run_settings(model: str) -> dict:
     """config.json of a run of imagenet.distill; empty if `model` is something else."""
     if model in TEACHERS or not (runs.is_remote(model) or Path(model).is_dir()):
         return {}
-    settings = json.loads(runs.read_text(runs.join(model, "config.json")) or "{}")
+    settings = runs.read_json(runs.join(model, "config.json"))
     if "guidance_interval" not in settings:
         raise FileNotFoundError(f"{model} is not the folder of a run: it has no config.json of one")
     return settings

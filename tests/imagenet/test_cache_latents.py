@@ -155,6 +155,21 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, cache, flags, named)
         cache_latents.main([str(tmp_path), "s3://bucket/latents"])
 
 
+def test_paths_that_are_of_another_kind(tmp_path, cache):
+    (tmp_path / "latents").write_text("mine")
+    with pytest.raises(OSError, match="latents"):
+        cache()
+    assert (tmp_path / "latents").read_text() == "mine"
+    for wrong in (tmp_path / "latents", tmp_path / "nothing"):
+        with pytest.raises(ValueError, match=f"images is {wrong}; it must hold one subfolder"):
+            cache_latents.main([str(wrong), str(tmp_path / "out"), "--device", "cpu"])
+    with pytest.raises(ValueError, match="no latents_.*.npy in it"):
+        open_shards(tmp_path / "images", NET)
+    (tmp_path / "images/settings.json").write_text("{")
+    with pytest.raises(ValueError, match="settings.json is not readable JSON"):
+        open_shards(tmp_path / "images", NET)
+
+
 # -- folders ---------------------------------------------------------------------------------------
 
 

@@ -372,6 +372,42 @@ def test_settings_that_do_not_go_with_the_model(files, tmp_path, model, given, n
     assert named in str(error.value) and not out.exists()
 
 
+@pytest.mark.parametrize(
+    "model, named",
+    [
+        ("", "is not the folder of a run"),
+        ("nothing.safetensors", "no file nothing.safetensors"),
+        ("empty.safetensors", "empty.safetensors is not a readable safetensors file"),
+        ("text.safetensors", "text.safetensors is not a readable safetensors file"),
+        ("empty.pt", "empty.pt is not a readable PyTorch checkpoint"),
+        ("text.pt", "text.pt is not a readable PyTorch checkpoint"),
+        ("image.png", "image.png is not a readable PyTorch checkpoint"),
+        ("broken_run", "broken_run/config.json is not readable JSON"),
+        ("half_run", "no file half_run/student.safetensors"),
+    ],
+)
+def test_models_that_cannot_be_read_are_named(tmp_path, monkeypatch, model, named):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty.safetensors", "empty.pt"):
+        Path(name).touch()
+    for name in ("text.safetensors", "text.pt", "image.png"):
+        Path(name).write_bytes(b"\x89PNG no network, but long enough to be one")
+    for name, text in (("broken_run", "{"), ("half_run", '{"guidance_interval": [0, 1]}')):
+        Path(name).mkdir()
+        (Path(name) / "config.json").write_text(text)
+    before = sorted(Path().rglob("*"))
+    with pytest.raises((ValueError, OSError)) as error:
+        sampling.main([model, "--out", "out", "--device", "cpu"])
+    assert named in str(error.value) and sorted(Path().rglob("*")) == before
+
+
+def test_an_out_that_is_a_file_is_left_alone(files, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OSError, match="out"):
+        sample(files["student"], tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         sampling.main([str(tmp_path), "--out", str(tmp_path / "out")])
