@@ -246,7 +246,7 @@ class Settings:
     components: int = setting(0, "K of a GMFlow, N of a DX policy; 0: 64 and 20", low=0)
     nfe: int = setting(1, "network evaluations, one segment of time each", low=1)
     data_free: bool = setting(False, "training from noise through all segments (Algorithm 3)")
-    iterations: int = setting(2500, "optimizer steps", low=1)
+    iterations: int = setting(2000, "optimizer steps", low=1)
     batch: int = setting(128, "points per iteration", low=1)
     lr: float = setting(3e-3, "peak learning rate of Adam", above=0)
     num_intermediates: int = setting(2, "queries per point and segment", low=1)
