@@ -320,7 +320,7 @@ STEPS = 64  # of Heun's method, for the teacher: nearer to the converged ODE tha
 
 def student_sample(student: Student, noise: Tensor, nfe: int = 0, **options) -> Tensor:
     """The student's x_0 for noise (N, 2). nfe: 0 for as trained; options: of `sample`."""
-    options = {"solver": student.kind.solver, "total_substeps": 32} | options  #  32: converged
+    options = {"solver": student.kind.solver} | options
     return sample(student, noise, nfe or student.config["nfe"], **options)
 
 
