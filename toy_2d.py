@@ -250,7 +250,7 @@ class Settings:
     batch: int = setting(128, "points per iteration", low=1)
     lr: float = setting(3e-3, "peak learning rate of Adam", above=0)
     num_intermediates: int = setting(2, "queries per point and segment", low=1)
-    total_substeps: int = setting(10, "substeps of a rollout from t = 1 to 0", low=1)
+    total_substeps: int = setting(0, "substeps from t = 1 to 0; 0: 10 for each segment", low=0)
     solver: str = setting("", "solver of the rollout: euler, deis, exact; empty: by policy")
     points: int = setting(10_000, "points of the metrics", low=100)
     seed: int = setting(0, "seed of weights, draws and noise", low=0)
@@ -279,10 +279,10 @@ def train(density, settings: Settings, callback: Callable | None = None) -> Stud
     ema, kind = copy.deepcopy(student).requires_grad_(False), student.kind
     weights, averaged = list(student.parameters()), list(ema.parameters())
     adam = torch.optim.Adam(weights, betas=(0.9, 0.99), fused=True)
-    solver = s.solver or kind.solver
-    last_substep = 0.0 if solver == "exact" else 1 / math.ceil(s.total_substeps / s.nfe)
+    solver, substeps = s.solver or kind.solver, s.total_substeps or 10 * s.nfe
+    last_substep = 0.0 if solver == "exact" else 1 / math.ceil(substeps / s.nfe)
     grid = 1.5 if solver == "deis" else 1.0  #  its substeps are uniform in t^(1/grid)
-    options = {"num_intermediates": s.num_intermediates, "total_substeps": s.total_substeps}
+    options = {"num_intermediates": s.num_intermediates, "total_substeps": substeps}
     options |= {"solver": solver, "batch_teacher": True, "generator": generator}
 
     for i in range(s.iterations):

@@ -226,7 +226,7 @@ def test_a_third_policy_is_one_entry_of_the_table(monkeypatch, tmp_path):
     settings = Settings(policy="steps", iterations=80, batch=64, device="cpu")
     toy_2d.train(density, settings, lambda i, out: losses.append(weighted(out)))
     assert np.median(losses[-20:]) < 0.5 * np.median(losses[:10])
-    with pytest.raises(ValueError, match="'exact'.*Steps"):
+    with pytest.raises(ValueError, match="'exact'.*flow"):
         toy_2d.train(density, replace(settings, solver="exact"))
 
 
@@ -313,7 +313,7 @@ def test_auto_is_the_cpu_where_mps_lacks_an_operator(monkeypatch, capsys):
         (["--density", "squares"], "--density .*'squares'.*checkerboard, ring, spiral, pi"),
         (["--policy", "gm"], "--policy .*'gm'.*gmflow, dx"),
         (["--solver", "rk4"], "solver 'rk4'.*euler"),
-        (["--solver", "exact"], "solver 'exact'.*GMFlowPolicy"),
+        (["--solver", "exact"], "solver 'exact'.*flow"),
         (["--nfe", "0"], "--nfe .*0.*at least 1"),
         (["--iterations", "-5"], "--iterations .*-5.*at least 1"),
         (["--batch", "0"], "--batch .*0.*at least 1"),
