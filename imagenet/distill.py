@@ -340,7 +340,7 @@ class Run:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def step(self, finite: bool) -> None:
-        """One optimizer step and one of the average; none of both if a number was not finite."""
+        """One optimizer step and one of the average; neither if a number was not finite."""
         self.bad = 0 if finite else self.bad + 1
         self.skipped += not finite
         self.iteration += 1
@@ -460,9 +460,9 @@ def largest_micro_batch(measure: Callable[[int], float], budget: float, share: i
     measure(n): peak memory with n samples at once, linear in n; budget: what there is.
     """
     few, more = min(4, share), min(8, share)
-    base, slope = measure(few), (measure(more) - measure(few)) / max(1, more - few)
-    parts = 1
-    while parts < share and base + slope * (math.ceil(share / parts) - few) > budget:
+    low, high = measure(few), measure(more)
+    slope, parts = (high - low) / max(1, more - few), 1
+    while parts < share and low + slope * (math.ceil(share / parts) - few) > budget:
         parts *= 2
     return math.ceil(share / parts)
 
@@ -502,11 +502,11 @@ def prepare(
     run.restore()
     if place.rank == 0:
         say_new_schedule(run, before)
-    rest = share(config, place), place.device.type == "cuda"
+    rest = places_of(config, place), place.device.type == "cuda"
     return run, *models(run, net, place), lambda i: draw(config, net.config, latents, i, *rest)
 
 
-def share(config: Settings, place: runs.Place) -> range:
+def places_of(config: Settings, place: runs.Place) -> range:
     """The places in the batch that are this process's."""
     return range(*(rank * config.batch // place.world for rank in (place.rank, place.rank + 1)))
 

@@ -28,9 +28,9 @@ from imagenet.distill import (
     Settings,
     fit_micro_batch,
     models,
+    places_of,
     read_settings,
     segment_losses,
-    share,
 )
 from imagenet.dit import PRESETS as NETWORKS
 from imagenet.dit import DiT
@@ -104,7 +104,7 @@ def measure(config: Settings, place: runs.Place) -> tuple[dict[str, float], Sett
     clock, net = Clock(place.device), random_teacher(config, place.device)
     run = Run(config, net, place.device)
     student, teacher = models(run, net, place)
-    places, pin = share(config, place), place.device.type == "cuda"
+    places, pin = places_of(config, place), place.device.type == "cuda"
     draws = draw(config, net.config, None, 0, places, pin)
     config = fit_micro_batch(config, run, student, teacher, draws, place.world)
     size = len(places)

@@ -524,7 +524,10 @@ def test_signal_to_torchrun(tmp_path, teacher_file, number):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "imagenet.distill"]
     command += flags(teacher_file, out, save_every=1_000_000, **options)
-    process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `nohup` ignores it
+    )  # fmt: skip
     try:
         while not (out / "stats.jsonl").exists():
             assert process.poll() is None
