@@ -58,8 +58,12 @@ class Settings:
 def read_prompts(settings: Settings) -> list[tuple[str, str]]:
     """-> (prompt, image file or "") of every line. Raises: ValueError, OSError: one line."""
     path, rows = Path(settings.source), []
+    try:
+        lines = path.read_text("utf-8-sig").splitlines() if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"source {path} is not UTF-8 text: {error}") from error
     if path.suffix == ".jsonl" and path.is_file():
-        for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
@@ -70,7 +74,7 @@ def read_prompts(settings: Settings) -> list[tuple[str, str]]:
                 fields = " and ".join(filter(None, (settings.column, settings.images)))
                 raise ValueError(f"{path}, line {number}: not an object with {fields}") from error
     elif path.is_file():
-        rows = [(line, "") for line in path.read_text("utf-8-sig").splitlines()]
+        rows = [(line, "") for line in lines]
     elif path.suffix in (".txt", ".jsonl") or not settings.source:
         raise FileNotFoundError(f"source {settings.source!r}: no such file")
     else:

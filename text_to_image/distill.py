@@ -303,6 +303,8 @@ def check(settings: Settings, world: int) -> None:
     s = settings
     if not s.prompts and not s.tiny:
         raise ValueError("--prompts is missing: a folder of text_to_image.cache_prompts")
+    if s.prompts and not any(Path(s.prompts).glob("shard_*.safetensors")):
+        raise ValueError(f"--prompts {s.prompts}: no shards; see text_to_image.cache_prompts")
     if s.batch % (s.micro_batch * world):
         raise ValueError(
             f"--batch {s.batch}: must be a multiple of --micro-batch {s.micro_batch} times "
