@@ -61,6 +61,7 @@ class TwoRoles:
     """
 
     def __init__(self, transformer: nn.Module, settings: "Settings"):
+        dm.require_package("peft", "distillation")
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
