@@ -371,6 +371,9 @@ class Run:
 
     def restore(self) -> None:
         """Continues from the newest whole checkpoint, if there is one."""
+        if runs.rank() == 0:
+            for folder in (self.config.out, runs.join(self.config.out, "pictures")):
+                runs.remove_leftovers(folder)
         numbers = self.checkpoints.restore(self.parts, self.device) or {}
         for name, value in numbers.items():
             setattr(self, name, value)

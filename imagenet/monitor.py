@@ -151,7 +151,6 @@ class Monitor:
         config, self.pairs, self.frechet = run.config, None, None
         self.log = runs.Log(config.out, run.iteration, config.logger, asdict(config))
         if runs.rank() == 0 and config.picture_every:
-            runs.remove_leftovers(runs.join(config.out, "pictures"))
             self.pairs = PairedEval(config, teacher, run.device)
         if config.eval_every:
             self.frechet = FrechetEval(config, teacher.config, run.device)

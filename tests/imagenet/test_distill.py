@@ -475,8 +475,13 @@ def test_killed_between_checkpoint_and_student(tmp_path, teacher_file, monkeypat
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(module, name, lambda *_: sys.exit("killed"))
             distill.main(flags(teacher_file, out, iterations=2))
+    leftovers = [out / ".tmp-student.safetensors", out / "pictures" / ".tmp-step.png"]
+    leftovers[1].parent.mkdir()
+    for path in leftovers:
+        path.write_bytes(b"half of it")
     distill.main(flags(teacher_file, out, iterations=2))
     student = load_dit(out / "student.safetensors").state_dict()
+    assert not any(path.exists() for path in leftovers)
     assert all(torch.equal(student[key], value) for key, value in newest(out)["ema"].items())
 
 
