@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import plots
-from common.cli import DEVICE_HELP, check_settings, setting, write_json
+from common.cli import DEVICE_HELP, atomic, check_settings, setting, write_json
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import (
     DXPolicy,
@@ -208,6 +208,7 @@ class Run(NamedTuple):
     policy: Policy
     states: Tensor  # (INTERVALS + 1, B, C, *), of the policy
     losses: Tensor  # (iterations,)
+    weights: dict[str, Tensor]  # state dict of the StaticPolicy
 
 
 def run_fit(
@@ -243,7 +244,8 @@ def run_fit(
     seconds, policy = time.perf_counter() - began, static().detach()
     states = trajectory(policy)
     metrics = compare(states, reference, decode, shift) | {"seconds": seconds}
-    return Run(metrics | {"settings": describe(settings, shift)}, policy, states, losses.cpu())
+    metrics["settings"] = describe(settings, shift)
+    return Run(metrics, policy, states, losses.cpu(), static.state_dict())
 
 
 def run_toy(
@@ -270,13 +272,15 @@ def run_toy(
         return
     run = run_fit(fit, teacher, reference, decode, settings, shift)
     write_json(settings.out / "metrics.json", about | run.metrics)
+    with atomic(settings.out / "policy.pt") as temporary:
+        torch.save(run.weights, temporary)
     psnr, rmse, seconds = (run.metrics[k] for k in ("endpoint_psnr_db", "endpoint_rmse", "seconds"))
     print(f"{name}: endpoint PSNR {psnr:.1f} dB, endpoint RMSE {rmse:.4f}, {seconds:.0f} s")
     kind = {"gmflow": "GMFlow policy, K", "dx": "DX policy, N"}[settings.policy]
     title = f"{kind} = {settings.components}: {name}, endpoint PSNR {psnr:.1f} dB"
     figure = plots.static_policy(teacher, run, reference, decode, title)
     plots.save_figure(figure, settings.out / "toy.png")
-    print(f"wrote {settings.out}/metrics.json and toy.png")
+    print(f"wrote {settings.out}/metrics.json, policy.pt and toy.png")
 
 
 def run_sweep(

@@ -153,6 +153,8 @@ def test_metrics_are_there_although_the_figure_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         run_toy(fit, decay, noise(), torch.tanh, settings, "decay")
     assert math.isfinite(json.loads((tmp_path / "metrics.json").read_text())["endpoint_psnr_db"])
+    weights = torch.load(tmp_path / "policy.pt", weights_only=True)
+    assert weights["velocities"].shape == (1, 4, 2, 4, 4)
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_damaged_teacher(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ankle boot", "bag", "t-shirt/top"])
+@pytest.mark.parametrize("name", ["ankle boot", "trouser"])
 def test_default_run_reaches_40_db(tmp_path, name):
     main(["--class", name, "--out", str(tmp_path)])
     assert json.loads((tmp_path / "metrics.json").read_text())["endpoint_psnr_db"] > 40
