@@ -230,22 +230,20 @@ def static_policy(teacher, run, reference: Tensor, decode, title: str) -> "Figur
             if j == 0:
                 axis.set_ylabel(label)
 
-    bottom = grid[4, :].subgridspec(1, 3)
-    error = (decode(run.states[-1]) - decode(reference[-1]))[0].abs().mean(0).cpu().numpy()
-    axis = figure.add_subplot(bottom[0])
-    show_image(axis, decode(run.states[-1])[0], "|difference of the endpoints|")
-    picture = axis.imshow(error, cmap="magma", vmin=0)
-    figure.colorbar(picture, ax=axis, shrink=0.85)
-    axis = figure.add_subplot(bottom[1])
-    axis.plot(t, run.metrics["trajectory_rmse"], color=color)
-    axis.set(title="RMSE, policy to teacher", xlabel="noise level t", xlim=(1, 0), ylim=(0, None))
-    axis = figure.add_subplot(bottom[2])
+    with _matplotlib().rc_context(STYLE):
+        parts = grid[4, :].subgridspec(1, 3)
+        left, middle, right = (figure.add_subplot(part) for part in parts)
+    show_image(left, decode(run.states[-1])[0], "|endpoint difference|")
+    difference = (decode(run.states[-1]) - decode(reference[-1]))[0].abs().mean(0).cpu().numpy()
+    figure.colorbar(left.imshow(difference, cmap="magma", vmin=0), ax=left, shrink=0.85)
+    middle.plot(t, run.metrics["trajectory_rmse"], color=color)
+    middle.set(title="RMSE, policy to teacher", xlabel="noise level t", xlim=(1, 0), ylim=(0, None))
     width = min(25, len(run.losses))
-    axis.plot(run.losses.numpy(), color=color, alpha=0.3, linewidth=0.8, label="loss")
     smooth = run.losses.unfold(0, width, 1).mean(1).numpy()
-    axis.plot(range(width - 1, len(run.losses)), smooth, color=color, label=f"mean of {width}")
-    axis.set(title="pi-ID loss", xlabel="iteration", yscale="log")
-    axis.legend()
+    right.plot(run.losses.numpy(), color=color, alpha=0.3, linewidth=0.8, label="loss")
+    right.plot(range(width - 1, len(run.losses)), smooth, color=color, label=f"mean of {width}")
+    right.set(title="pi-ID loss", xlabel="iteration", yscale="log")
+    right.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -261,6 +259,7 @@ def policy_sizes(runs: Sequence[Mapping], title: str) -> "Figure":
     axis.set_xscale("log", base=2)
     sizes = sorted({run["size"] for run in runs})
     axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set(title=title, xlabel="size of the policy, K or N", ylabel="endpoint PSNR (dB)")
+    axis.set(title=title, ylabel="endpoint PSNR (dB)")
+    axis.set_xlabel("size of the policy, K or N (equal iterations: large N is undertrained)")
     axis.legend()
     return figure
