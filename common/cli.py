@@ -298,16 +298,3 @@ def write_json(path: str | Path, value: dict) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def sliders(draw: Callable, **ranges) -> None:
-    """In a notebook: sliders that call draw(**values). Without ipywidgets, a line that says so.
-
-    ranges: as `ipywidgets.interact` takes them, (low, high, step) or a list of choices.
-    """
-    try:
-        from ipywidgets import interact
-    except ImportError:
-        print("No sliders here (pip install ipywidgets); the figure above shows some positions.")
-        return
-    interact(draw, **ranges)
