@@ -154,16 +154,23 @@ RESUMABLE |= {"picture_every", "teacher_steps", "logger", "eval_every", "eval_im
 RESUMABLE |= {"reference", "inception"}
 
 TINY = Settings(
-    teacher="tiny", guidance=2.5, guidance_interval=(0.0, 0.8), components=8, iterations=8000,
-    batch=32, num_intermediates=1, total_substeps=16, solver="deis", time_weight=1.0,
-    loss_scale=1.0, lr=2e-3, lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0,
-    ema_start=0, bf16=False, tf32=False, checkpointing=False, save_every=500, picture_every=1000,
+    teacher="tiny", guidance=2.5, guidance_interval=(0.0, 0.8), components=16, iterations=5500,
+    batch=32, num_intermediates=1, query_times="stratified", min_query_time=0.125,
+    total_substeps=4, solver="deis", time_weight=0.25, loss_scale=1.0, lr=2e-3, lr_decay="cosine",
+    warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0, bf16=False, tf32=False,
+    checkpointing=False, save_every=500, picture_every=1000,
 )  # fmt: skip
-TINY_DX = replace(TINY, policy="dx", dropout=0.0, components=10, solver="exact", time_weight=2.0)
+TINY_FULL = replace(  # queries down to t = 0
+    TINY, components=8, query_times="uniform", min_query_time=0.0, total_substeps=16,
+    time_weight=1.0, iterations=8000,
+)  # fmt: skip
+TINY_DX = replace(
+    TINY_FULL, policy="dx", dropout=0.0, components=10, solver="exact", time_weight=2.0
+)
 DX = Settings(policy="dx", dropout=0.0, iterations=40_000)
 PRESETS = {
     "tiny": TINY,
-    "tiny-2nfe": replace(TINY, nfe=2, iterations=4000),  # two segments cost twice as much
+    "tiny-2nfe": replace(TINY_FULL, nfe=2, iterations=4000),  # two segments cost twice as much
     "tiny-dx": TINY_DX,
     "gm-fm-1nfe": Settings(teacher="fm", guidance=2.7, guidance_interval=(0.0, 0.6)),
     "gm-repa-1nfe": Settings(),
