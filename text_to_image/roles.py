@@ -198,7 +198,7 @@ def export_adapter(folder: str, roles: TwoRoles, weights: dict[str, Tensor]) -> 
     from safetensors.torch import save_file
 
     s, spec, config = roles.settings, roles.settings.spec, dict(roles.net.config)
-    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    config = {key: value for key, value in config.items() if key[0] != "_"}
     config["_diffusers_version"] = dm.import_diffusers().__version__
     if s.policy == "gmflow":
         config["_class_name"] = "GM" + roles.kind
