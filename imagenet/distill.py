@@ -323,6 +323,8 @@ class Run:
         self.student = init_student_from_teacher(
             teacher, config.policy, config.components, generator=generator
         ).to(device)
+        rollout = {"solver": config.solver, "total_substeps": config.total_substeps}
+        self.student.config = replace(self.student.config, **rollout)
         self.student.requires_grad_(True).train()
         self.student.checkpointing = config.checkpointing
         self.compile = device.type == "cuda" if config.compile is None else config.compile

@@ -158,7 +158,7 @@ def run_settings(model: str) -> dict:
 def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Settings:
     """Fills in what the command line leaves open, from the model and the run it comes from.
 
-    A policy is rolled out as it was in training. A file of weights does not state that: it gets the
+    A policy is rolled out as it was in training. Where the file does not state that, it gets the
     published protocol, Euler with 128 substeps, or for dx its closed form.
 
     Raises: ValueError for a setting that does not go with the model.
@@ -193,6 +193,8 @@ def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Sett
                              f"{settings.model} is {what}")  # fmt: skip
     if settings.reference and tiny:
         raise ValueError("--reference is for ImageNet; the tiny model has its own in assets/")
+    stated = net.config.total_substeps  # 0 where the file does not state it
+    solver = net.config.solver or ("exact" if head == "dx" else "euler")
     half = device.type == "cuda" and not tiny
     dtype, vae_dtype = ("bfloat16", "float16") if half else ("float32", "float32")
     return replace(
@@ -201,8 +203,8 @@ def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Sett
         trained_nfe=trained,
         guidance=guidance if settings.guidance is None else settings.guidance,
         guidance_interval=tuple(settings.guidance_interval or interval),
-        total_substeps=settings.total_substeps or run.get("total_substeps", 128),
-        solver=settings.solver or run.get("solver", "exact" if head == "dx" else "euler"),
+        total_substeps=settings.total_substeps or run.get("total_substeps", stated or 128),
+        solver=settings.solver or run.get("solver", solver),
         teacher=teacher,
         pairs=pairs,
         decoder=net.config.decoder,

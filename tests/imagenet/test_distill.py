@@ -765,7 +765,8 @@ def test_frechet_distance_while_training(tmp_path):
     generators = [torch.Generator().manual_seed(i) for i in range(81)]
     noise = torch.stack([torch.randn(4, 14, 14, generator=g) for g in generators])
     with torch.no_grad():
-        x_0 = sample(distill.dit_student(net, labels), noise, total_substeps=16, solver="deis")
+        rollout = {"total_substeps": distill.TINY.total_substeps, "solver": distill.TINY.solver}
+        x_0 = sample(distill.dit_student(net, labels), noise, **rollout)
     expected = metrics.frechet_distance(fashion.to_images(x_0).clamp(-1, 1))
     assert len(found) == 2 and found[1] == pytest.approx(expected, rel=1e-3)
 

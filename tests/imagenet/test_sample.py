@@ -246,6 +246,9 @@ def test_settings_come_from_the_run(files):
     assert (settings.solver, settings.total_substeps) == ("deis", 8)
     settings = resolved(files["student"], small_net("gmflow", 3))  # a file: as published
     assert (settings.solver, settings.total_substeps) == ("euler", 128)
+    net = DiT(dataclasses.replace(small_net("gmflow", 4).config, solver="deis", total_substeps=4))
+    settings = resolved(files["student"], net, "--pairs", "0")  # a file that states its rollout
+    assert (settings.solver, settings.total_substeps) == ("deis", 4)
 
 
 def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
