@@ -99,6 +99,7 @@ class GMFlowPolicy:
         self.var = (t * logstds.reshape(b, 1, 1).exp()) ** 2  #                   (B, 1, 1)
         self.zeta_src = ((1 - t) / t) ** 2  #                                     (B, 1, 1)
         self.nu_src = (1 - t) / t**2 * (x - (1 - t) * self.c)  #                  (B, C, P)
+        self.var_nu_src = self.var * self.nu_src
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
         """pi(x, t). x: (B, C, *); t at most t_src. -> (B, C, *).
@@ -108,17 +109,18 @@ class GMFlowPolicy:
             u + c = ((1 - var (r + zeta_src)) y + var nu_src - sum_k w_k m_k) / (d t).
         """
         t = _per_sample(t, self.c).view(-1, 1, 1).clamp(min=EPS)  #               (B, 1, 1)
-        r = (1 - t) / t
+        alpha = 1 - t
+        r = alpha / t
         zeta = r**2 - self.zeta_src
         d = (1 + self.var * zeta).clamp(min=EPS)
-        y = torch.addcmul(_upcast(x).reshape(self.c.shape), 1 - t, self.c, value=-1)  # (B, C, P)
+        y = torch.addcmul(_upcast(x).reshape(self.c.shape), alpha, self.c, value=-1)  # (B, C, P)
         query = (r / t * y - self.nu_src) / d  #  nu/d; attention over k          (B, C, P)
         logits = torch.addcmul(self.log_A, zeta / d, self.half_norm, value=-1)  # (B, K, P)
         for m_c, query_c in zip(self.m, query.unbind(1), strict=True):  #  no (B, K, C, P) temporary
             logits.addcmul_(m_c, query_c[:, None])
         w = logits.softmax(1)
         mean = torch.stack([(w * m_c).sum(1) for m_c in self.m], dim=1)  #        (B, C, P)
-        u = (1 - self.var * (r + self.zeta_src)) * y + self.var * self.nu_src - mean
+        u = torch.addcmul(self.var_nu_src - mean, 1 - self.var * (r + self.zeta_src), y)
         return (u / (d * t) - self.c).reshape(x.shape)
 
     def detach(self) -> "GMFlowPolicy":
@@ -140,8 +142,8 @@ class GMFlowPolicy:
     def temperature(self, T: float) -> "GMFlowPolicy":
         """Sharper for T in (0, 1): weights A_k^(1/T), renormalised, and variance times T."""
         means, logstds, logweights = self.mixture
-        mixture = (means, logstds + math.log(T) / 2, (logweights / T).log_softmax(1))
-        return type(self)(GaussianMixture(*mixture), self.x_src, self.t_src)
+        parts = means, logstds + math.log(T) / 2, (logweights / T).log_softmax(1)
+        return type(self)(GaussianMixture(*parts), self.x_src, self.t_src)
 
 class DXPolicy:
     """The DX policy: pi(x, t) = (x - x0_hat(t)) / t, from N denoised states x_src - t_src v_i.
@@ -378,10 +380,8 @@ def segment_of(tau: Time, nfe: int, final_step_size_scale: float = 1.0) -> tuple
 def pi_id_data_dependent(student: Student, teacher: Teacher, x_0: Tensor, nfe: int = 1,
                          shift: float = 1.0, final_step_size_scale: float = 1.0,
                          generator: Generator = None, **loss_options) -> PiIDLoss:
-    """Algorithm 2: `pi_id_loss` on a random segment, from x_src = data x_0 (B, C, *) plus noise.
-
-    For nfe = 1 every segment starts in pure noise: x_0 gives but the shape, no data is needed.
-    """
+    """Algorithm 2: `pi_id_loss` on a random segment; x_src is data x_0 (B, C, *) plus noise.
+    For nfe = 1 every segment starts in pure noise: x_0 gives but the shape, no data is needed."""
     x_0, options = _upcast(x_0), {"shift": shift, "generator": generator} | loss_options
     tau = 1 - _draw(torch.rand, (len(x_0),), x_0, generator)  #                   in (0, 1]
     tau_src, segment_size = segment_of(tau if nfe != 1 else 1.0, nfe, final_step_size_scale)
