@@ -91,6 +91,7 @@ def sample_student(config: "Settings", net: DiT, noise: Tensor, labels: Tensor) 
 
 
 def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, seeded."""
     return torch.Generator().manual_seed(seed)
 
 

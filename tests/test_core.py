@@ -742,17 +742,17 @@ def test_data_dependent_and_data_free():
 
     starts.clear()
     noise = random_state(b=16, spatial=())
-    walk = list(pi_id_data_free(student, teacher, noise, 3, 3.2, 0.5))
-    assert [w for w, _ in walk] == pytest.approx([0.4, 0.4, 0.2])
+    segments = list(pi_id_data_free(student, teacher, noise, 3, 3.2, 0.5))
+    assert [w for w, _ in segments] == pytest.approx([0.4, 0.4, 0.2])
     assert torch.equal(starts[0][0], noise)
-    for (x, t), (_, out), i in zip(starts[1:], walk[:-1], (1, 2), strict=True):
+    for (x, t), (_, out), i in zip(starts[1:], segments[:-1], (1, 2), strict=True):
         assert torch.equal(x, out.x_dst)
         assert t[0].item() == pytest.approx(shift_time(1 - 0.4 * i, 3.2))
     # the exact policy of each segment continues the one before: all of it is one rollout
     whole = rollout(teacher.student(noise, full(16, 1.0)), noise, 1.0, 0.0, 3.2, 640, "deis")
     options = {"total_substeps": 640, "solver": "deis"}
-    walk = list(pi_id_data_free(student, teacher, noise, 3, 3.2, 0.5, **options))
-    assert torch.allclose(walk[-1][1].x_dst, whole, atol=1e-3)
+    segments = list(pi_id_data_free(student, teacher, noise, 3, 3.2, 0.5, **options))
+    assert torch.allclose(segments[-1][1].x_dst, whole, atol=1e-3)
 
 
 def test_generator_makes_the_loss_repeatable():

@@ -35,6 +35,8 @@ NEGATIVE_PROMPT = " "  # of Qwen-Image's second branch, as in its pipeline
 
 @dataclass(frozen=True)
 class Settings:
+    """What is encoded, and by which encoders."""
+
     source: str = setting("", "text or JSONL file, or dataset on the Hub", positional=True)
     out: Path = setting(Path("data/prompts"), "folder for the shards")
     family: str = setting("qwen", "whose text encoders", choices=dm.FAMILIES)

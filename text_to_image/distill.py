@@ -335,6 +335,9 @@ def prepare(settings: Settings, place: runs.Place) -> tuple[Run, cache_prompts.P
         if place.rank == 0:
             print(line)
     base = "tiny" if s.tiny else s.base or family.repo
+    network = pipe.transformer if s.tiny else empty
+    if family.guidance is not None and dm.trained_guidance(network, family) is None:
+        raise ValueError(f"--base {base} embeds no guidance, with which its teacher is queried")
     prompts = cache_prompts.PromptCache(folder, family, base, config.joint_attention_dim)
     if s.data_dependent and not prompts.has_latents:
         raise ValueError(f"--data-dependent: {folder} has no latents; cache_prompts --images")

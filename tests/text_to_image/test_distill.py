@@ -396,6 +396,13 @@ def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
     assert {v.dtype for v in checkpoint(tmp_path / "run")["ema"].values()} == {torch.float32}
     with safe_open(tmp_path / "run/adapter/diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}
+    config = tmp_path / "base" / "transformer" / "config.json"  # as FLUX.1-schnell has it
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
+    with pytest.raises(ValueError, match="embeds no guidance"):
+        distill.main([
+            "--preset", "dx-flux", "--base", base, "--prompts", str(cache), "--lora-rank", "4",
+            "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "other"),
+        ])  # fmt: skip
 
 
 @pytest.mark.slow
