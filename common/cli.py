@@ -281,6 +281,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, renamed to `path` if the block succeeds.
 
     Whoever reads `path` sees the old file or the whole new one, never a half.
+    Raises: OSError if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,6 +291,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except Exception as error:  # on a full disk torch.save and safetensors have their own kinds
+        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
+            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+        raise
     finally:
         Path(temporary).unlink(missing_ok=True)
 

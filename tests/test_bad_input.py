@@ -159,3 +159,36 @@ def test_as_a_process(module, folder):
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert run.returncode == 1 and not run.stdout
     assert len(run.stderr.strip().splitlines()) == 1 and "--seed" in run.stderr
+
+
+FULL = """
+import resource, signal, sys
+import {module} as script
+from common.cli import run_cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an OSError
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+run_cli(lambda: script.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+@pytest.mark.parametrize("module, argv, kept", [
+    ("toy_2d", ["--iterations", "1", "--points", "100"], "student.pt"),
+    pytest.param(
+        "imagenet.distill", ["--iterations", "1", "--batch", "2", "--picture-every", "0"],
+        "student.safetensors", marks=pytest.mark.slow,
+    ),
+])  # fmt: skip
+def test_a_disk_that_is_full(module, argv, kept, tmp_path):
+    """No file may exceed 20 kB: one line, exit status 1, the old file whole, no half one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / kept).write_bytes(b"what was there")
+    command = [sys.executable, "-c", FULL.format(module=module), *argv, "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True,
+                         env=environment | {"PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
+    assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in run.stderr
+    assert (out / kept).read_bytes() == b"what was there"
+    assert not [p for p in out.rglob("*") if p.name.startswith(".tmp-")]

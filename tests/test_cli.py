@@ -99,9 +99,10 @@ def test_run_cli_is_one_line_for_users_and_a_traceback_for_bugs():
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "deep" / "a.json"
     write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    for error, kind in ((KeyError("bug"), KeyError), (RuntimeError("disk\nfull"), OSError)):
+        with pytest.raises(kind), atomic(path) as temporary:
+            temporary.write_text("half")
+            raise error
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
