@@ -14,7 +14,7 @@ t = 1 is noise, t = 0 is data, x_0 is data. Equations, algorithms: arXiv 2510.14
     u             u, velocity       (B, C, *)        dx/dt = eps - x_0, hence x_0 = x - t u
     x_src, t_src  x_src, t_src      (B, C, *), (B,)  where the network was evaluated
     pi(x, t)      policy.velocity   (B, C, *)        valid for every t <= t_src
-    A, mu, s      GaussianMixture   (B, K, ...)      weights, means, std of K velocity components
+    A, mu, std    GaussianMixture   (B, K, ...)      weights, means, std of K velocity components
     x0_hat        policy.x0_hat     (B, C, *)        denoised state, interpolated between N of them
 
 A *teacher* is any callable (x, t) -> u. A *student* is any callable (x_src, t_src) -> policy. The
@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-EPS = 1e-6  # the smallest t, and the smallest denominator, that anything here divides by
+EPS = 1e-6  # the smallest t, and the smallest denominator, of velocities and rollouts
 Time, Generator = float | Tensor, torch.Generator | None
 Teacher = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> u
 Student = Callable[[Tensor, Tensor], "Policy"]  # (x_src, t_src) -> policy
@@ -217,7 +217,7 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
 
     Args:
         x: (B, C, *) at tau_start; tau_start and tau_end in [0, 1].
-        total_substeps: per unit of tau; each sample takes its own max(1, ceil(length * this)).
+        total_substeps: per unit of tau; max(1, ceil(length * this)) between any two stops.
         solver: "euler", uniform in tau: the published protocol. "deis", uniform in t^(1/1.5):
             second-order exponential multistep (arXiv 2204.13902). "exact": the policy's `flow`.
         callback: called with (substep, tau (B,), x) at the start and after each substep.
@@ -240,7 +240,7 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
         z = shift_time(stops, shift) ** (1 / 1.5)
         rate = ((stops[0] - stops[-1]) * S - 1e-4).ceil().clamp(min=1)
         rate = rate / (z[0] - z[-1]).clamp(min=EPS)
-    gap = z[:-1] - z[1:]  #                                                       (P, B)
+    gap = z[:-1] - z[1:]  #                                                       (P + 1, B)
     n = (gap * rate - 1e-4).ceil().clamp(min=1)  # 0.25 of 128 is 32, whatever rounding says
     arrival = n.cumsum(0)
     at_most = max(1, math.ceil((longest or 0) * S - 1e-4)) + len(n) - 1
@@ -331,7 +331,7 @@ def _pi_id_mixed(policy: Policy, detached: Policy, query: Callable, x: Tensor, t
     r = teacher_ratio: the share of the segment that M teacher Euler steps take, between rollouts
         of the detached policy; from 1 to 0 early in training, for guidance-distilled teachers.
     window = window_substeps: the prediction is the policy's mean velocity over the teacher's step
-        and a window W behind it. DX needs it: 1/t magnifies the errors of its velocity.
+        and a window W behind it. DX needs it most: 1/t magnifies the errors of its velocity.
     """
     shift, S = steps["shift"], steps["total_substeps"]
     W = (window * segment / (segment * S).round().clamp(min=1)).minimum(segment)
@@ -381,7 +381,7 @@ def pi_id_data_dependent(student: Student, teacher: Teacher, x_0: Tensor, nfe: i
                          shift: float = 1.0, final_step_size_scale: float = 1.0,
                          generator: Generator = None, **loss_options) -> PiIDLoss:
     """Algorithm 2: `pi_id_loss` on a random segment; x_src is data x_0 (B, C, *) plus noise.
-    For nfe = 1 every segment starts in pure noise: x_0 gives but the shape, no data is needed."""
+    For nfe = 1 every segment starts in pure noise: x_0 only supplies the shape."""
     x_0, options = _upcast(x_0), {"shift": shift, "generator": generator} | loss_options
     tau = 1 - _draw(torch.rand, (len(x_0),), x_0, generator)  #                   in (0, 1]
     tau_src, segment_size = segment_of(tau if nfe != 1 else 1.0, nfe, final_step_size_scale)
