@@ -293,7 +293,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except Exception as error:  # on a full disk torch.save and safetensors have their own kinds
         if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
-            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+            reason = str(error).split("\n")[0]
+            raise OSError(f"{path} cannot be written: {reason}") from error
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)

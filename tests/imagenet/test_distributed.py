@@ -277,9 +277,9 @@ def test_a_missing_logger_says_what_to_install(tmp_path, monkeypatch):
 def test_a_failed_write_leaves_the_old_file(tmp_path, folder):
     path = runs.join(tmp_path / folder if folder == "local" else folder, "deep", "text")
     runs.write_text(path, "old")
-    with pytest.raises(RuntimeError), runs.writing(path) as temporary:
+    with pytest.raises(KeyError), runs.writing(path) as temporary:
         temporary.write_text("new")
-        raise RuntimeError
+        raise KeyError
     assert runs.read_text(path) == "old"
     assert runs.list_files(path.rsplit("/", 1)[0]) == ["text"]
     runs.remove(path)
