@@ -21,9 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common.cli import check_interval, parse, pick_device, run_cli, setting
-from common.static_policy import Monitor, StaticPolicy, ToySettings, query_times, run_toy
+from common.static_policy import (
+    Monitor,
+    StaticPolicy,
+    TeacherPath,
+    ToySettings,
+    query_times,
+    run_toy,
+)
 from imagenet import fashion
 from imagenet.checkpoints import TEACHERS, Source, load_decoder, load_dit
 from imagenet.dit import PIXELS, DiTConfig, guided_teacher
@@ -62,7 +70,7 @@ class Settings(ToySettings):
 PRESETS = {
     "tiny": Settings(
         teacher="tiny", class_name="ankle boot", guidance=TEACHERS["tiny"].guidance,
-        guidance_interval=TEACHERS["tiny"].guidance_interval, iterations=1200, lr=5e-2,
+        guidance_interval=TEACHERS["tiny"].guidance_interval, cloning=1500, iterations=150, lr=3e-4,
         num_intermediates=4, total_substeps=24, solver="deis", time_weight=1.0, stratified=True,
         batch_teacher=True,
     ),
@@ -72,29 +80,36 @@ PRESETS = {
 
 
 def fit(
-    static: StaticPolicy, teacher: Teacher, settings: ToySettings, generator: torch.Generator,
-    monitor: Monitor,
+    static: StaticPolicy, teacher: Teacher, reference: Tensor, settings: ToySettings,
+    generator: torch.Generator, monitor: Monitor,
 ) -> None:  # fmt: skip
-    """pi-ID: imitation of the teacher on the trajectory of the policy itself (Algorithm 1)."""
-    optimizer = torch.optim.Adam(static.parameters(), lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
-    for i in range(settings.iterations):
-        # Rollout of the detached policy from the noise; the teacher is queried at a few times.
-        out = pi_id_loss(
-            static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
-            num_intermediates=settings.num_intermediates, batch_teacher=settings.batch_teacher,
-            generator=generator, uniforms=query_times(len(static.x_src), settings, generator),
-            **settings.rollout,
-        )  # fmt: skip
-        error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #     (M * B,)
-        loss = (error * out.t**settings.time_weight).mean()
+    """Cloning on the teacher's trajectory, then pi-ID on the policy's own (Algorithm 1)."""
+    path = TeacherPath(teacher, reference, static.shift) if settings.cloning else None
+    for i in range(settings.cloning + settings.iterations):
+        if i in (0, settings.cloning):  # each phase has an optimizer and a cosine of its own
+            cloning = i < settings.cloning
+            lr = settings.cloning_lr if cloning else settings.lr
+            steps = settings.cloning if cloning else settings.iterations
+            optimizer = torch.optim.Adam(static.parameters(), lr)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if cloning:
+            loss = path.loss(static(), settings, generator)
+        else:  # rollout of the detached policy from the noise; the teacher at a few times of it
+            out = pi_id_loss(
+                static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
+                num_intermediates=settings.num_intermediates, generator=generator,
+                batch_teacher=settings.batch_teacher,
+                uniforms=query_times(len(static.x_src), settings, generator), **settings.rollout,
+            )  # fmt: skip
+            error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #  (M * B,)
+            loss = (error * out.t**settings.time_weight).mean()
         optimizer.zero_grad()
         loss.backward()
         for parameter in static.parameters():  # at t < 1e-6 a derivative may overflow
             parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
         optimizer.step()
         schedule.step()
-        monitor(i, out.loss.detach(), static)
+        monitor(i, loss.detach(), static)
 
 
 def class_names(config: DiTConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
     python toy_qwen.py                                          # 40 GB of GPU memory
     python toy_qwen.py --quantize nf4 --height 512 --width 512 --one-branch       # for less memory
-    python toy_qwen.py --tiny                                   # a code-path check, under a minute
+    python toy_qwen.py --tiny --prompt "a dark coat"            # a small model of clothes: offline
 
 The same as toy_dit_imagenet.py with another teacher: Qwen-Image (20 billion parameters) with
 classifier-free guidance, one prompt, one noise. The defaults are the published ones: K = 32, 5000
@@ -11,8 +11,8 @@ substeps. What surrounds the training loop is in common/static_policy.py.
 
 The text encoder (7 billion parameters) is loaded first and freed before the transformer is loaded;
 --prompt-cache keeps the prompt embeddings in a file, so that it is needed only once. --tiny takes a
-small random transformer, VAE and text encoder in place of Qwen-Image: it runs the same program
-offline and shows that it works, not what the method can do.
+transformer of Qwen-Image's class, trained on Fashion-MNIST (text_to_image/tiny_fashion.py), and
+the settings of the tiny DiT: the same program, offline, on a CPU.
 """
 
 import dataclasses
@@ -25,10 +25,17 @@ from torch import Tensor
 
 import text_to_image.pipelines as dm
 from common.cli import atomic, parse, pick_device, run_cli, setting
-from common.static_policy import Monitor, StaticPolicy, ToySettings, query_times, run_toy
+from common.static_policy import (
+    Monitor,
+    StaticPolicy,
+    TeacherPath,
+    ToySettings,
+    query_times,
+    run_toy,
+)
 from common.teachers import guided_velocity
 from piflow_minimal import Teacher, pi_id_loss
-from text_to_image.tiny_models import tiny_pipeline
+from text_to_image.tiny_fashion import GUIDANCE, SIDE, fashion_pipeline
 
 SHIFT = 3.2
 OFFLOADS = ("none", "group")  # there is only one large component at a time
@@ -40,7 +47,7 @@ class Settings(ToySettings):
     """Those of both toys, with the published values as defaults, and the teacher."""
 
     out: Path = setting(Path("outputs/toy_qwen"), "folder for figures and metrics")
-    tiny: bool = setting(False, "small random models: checks the code path, offline")
+    tiny: bool = setting(False, "a small model of clothes in place of Qwen-Image, offline")
     prompt: str = setting("a blue jay on a snowy branch, photograph", "prompt of the one picture")
     negative_prompt: str = setting(" ", "prompt of the unconditional branch")
     guidance: float = setting(4.0, "classifier-free guidance scale; 1: none", low=0)
@@ -67,33 +74,47 @@ class Settings(ToySettings):
             raise ValueError("--prompt is empty")
 
 
-PRESETS = {False: Settings(), True: Settings(tiny=True, height=64, width=64, iterations=100)}
+PRESETS = {
+    False: Settings(),
+    True: Settings(
+        tiny=True, prompt="a dark coat", guidance=GUIDANCE, height=SIDE, width=SIDE,
+        cloning=1500, iterations=150, lr=3e-4, num_intermediates=4, total_substeps=24,
+        solver="deis", time_weight=1.0, stratified=True, batch_teacher=True,
+    ),
+}  # fmt: skip
 
 
 def fit(
-    static: StaticPolicy, teacher: Teacher, settings: ToySettings, generator: torch.Generator,
-    monitor: Monitor,
+    static: StaticPolicy, teacher: Teacher, reference: Tensor, settings: ToySettings,
+    generator: torch.Generator, monitor: Monitor,
 ) -> None:  # fmt: skip
-    """pi-ID: imitation of the teacher on the trajectory of the policy itself (Algorithm 1)."""
-    optimizer = torch.optim.Adam(static.parameters(), lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
-    for i in range(settings.iterations):
-        # Rollout of the detached policy from the noise; the teacher is queried at a few times.
-        out = pi_id_loss(
-            static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
-            num_intermediates=settings.num_intermediates, batch_teacher=settings.batch_teacher,
-            generator=generator, uniforms=query_times(len(static.x_src), settings, generator),
-            **settings.rollout,
-        )  # fmt: skip
-        error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #     (M * B,)
-        loss = (error * out.t**settings.time_weight).mean()
+    """Cloning on the teacher's trajectory, then pi-ID on the policy's own (Algorithm 1)."""
+    path = TeacherPath(teacher, reference, static.shift) if settings.cloning else None
+    for i in range(settings.cloning + settings.iterations):
+        if i in (0, settings.cloning):  # each phase has an optimizer and a cosine of its own
+            cloning = i < settings.cloning
+            lr = settings.cloning_lr if cloning else settings.lr
+            steps = settings.cloning if cloning else settings.iterations
+            optimizer = torch.optim.Adam(static.parameters(), lr)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if cloning:
+            loss = path.loss(static(), settings, generator)
+        else:  # rollout of the detached policy from the noise; the teacher at a few times of it
+            out = pi_id_loss(
+                static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
+                num_intermediates=settings.num_intermediates, generator=generator,
+                batch_teacher=settings.batch_teacher,
+                uniforms=query_times(len(static.x_src), settings, generator), **settings.rollout,
+            )  # fmt: skip
+            error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #  (M * B,)
+            loss = (error * out.t**settings.time_weight).mean()
         optimizer.zero_grad()
         loss.backward()
         for parameter in static.parameters():  # at t < 1e-6 a derivative may overflow
             parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
         optimizer.step()
         schedule.step()
-        monitor(i, out.loss.detach(), static)
+        monitor(i, loss.detach(), static)
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> list[dm.Conditions]:
@@ -160,7 +181,7 @@ def load_teacher(settings: Settings, device: torch.device) -> tuple[Any, list[dm
     prompts, cache = (settings.prompt, settings.negative_prompt), settings.prompt_cache
     cached = load_prompts(cache, prompts) if cache and cache.exists() else None
     if settings.tiny:
-        pipe = tiny_pipeline(QWEN).to(device)
+        pipe = fashion_pipeline().to(device)
         encoded = cached or encode(pipe, prompts)
     else:
         base, quantize, dtype = settings.base, settings.quantize, torch.bfloat16
@@ -195,8 +216,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--offload {settings.offload} needs a GPU; on a CPU use none")
     dm.import_diffusers()
     pipe, encoded = load_teacher(settings, device)
-    if settings.tiny:
-        print("--tiny: small random models. This checks the code path; its pictures mean nothing.")
     teacher = guided_qwen(pipe, encoded, settings.guidance, settings.one_branch)
     shape = dm.latent_shape(pipe, settings.height, settings.width)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -205,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def decode(x: Tensor) -> Tensor:
         return dm.decode(pipe, QWEN, x)
 
-    name = "small random model" if settings.tiny else settings.base or QWEN.repo
+    name = settings.prompt if settings.tiny else settings.base or QWEN.repo
     run_toy(fit, teacher, x_src, decode, settings, name, SHIFT)
 
 

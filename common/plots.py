@@ -242,7 +242,7 @@ def static_policy(teacher, run, reference: Tensor, decode, title: str) -> "Figur
     smooth = run.losses.unfold(0, width, 1).mean(1).numpy()
     right.plot(run.losses.numpy(), color=color, alpha=0.3, linewidth=0.8, label="loss")
     right.plot(range(width - 1, len(run.losses)), smooth, color=color, label=f"mean of {width}")
-    right.set(title="pi-ID loss", xlabel="iteration", yscale="log")
+    right.set(title="loss", xlabel="iteration", yscale="log")
     right.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure

@@ -1,8 +1,13 @@
 """The static policy of the toys: parameters in place of a network, fitted to one trajectory.
 
-Its means, log weights and standard deviation (GMFlow) or its grid of velocities (DX) are trained by
-pi-ID exactly as a student network is. What it reaches is what the policy family can express; what a
-distilled student lacks beyond that is the network's. One policy covers the whole path, t = 1 to 0.
+Its means, log weights and standard deviation (GMFlow) or its grid of velocities (DX) are trained as
+a student network is. What it reaches is what the policy family can express; what a distilled
+student lacks beyond that is the network's. One policy covers the whole path, t = 1 to 0.
+
+Two phases. Cloning compares with the teacher on the teacher's own trajectory: with one trajectory
+its 32 stored states are all that there is to know. pi-ID compares on the trajectory of the policy.
+Alone it may settle elsewhere: where the teacher's flow amplifies early errors, the policy's own
+states lead to another picture, and there the teacher confirms it. --cloning 0 shows that.
 
 The training loop, `fit`, stands in each toy. Everything around it is here: settings, evaluation,
 one run, a sweep over the policy's size. The figures are in common/plots.py.
@@ -34,7 +39,7 @@ from piflow_minimal import (
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, *) -> images (B, 1 or 3, H, W) in [-1, 1]
 Monitor = Callable[[int, Tensor, "StaticPolicy"], None]  # (iteration, loss, static)
-Fit = Callable[["StaticPolicy", Teacher, "ToySettings", torch.Generator, Monitor], None]
+Fit = Callable[["StaticPolicy", Teacher, Tensor, "ToySettings", torch.Generator, Monitor], None]
 
 SIZES = {"gmflow": (1, 2, 4, 8, 16, 32), "dx": (2, 4, 8, 16, 32, 64)}  # K and N of the sweep
 INTERVALS = 32  # of raw time, at whose ends trajectories are compared
@@ -46,7 +51,11 @@ class ToySettings:
 
     policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx"))
     components: int = setting(32, "mixture components K (gmflow) or grid points N (dx)", low=1)
-    iterations: int = setting(5000, "optimizer steps", low=1)
+    cloning: int = setting(
+        0, "optimizer steps on the teacher's trajectory, before pi-ID; 0 as published", low=0
+    )
+    cloning_lr: float = setting(5e-2, "as --lr, of the cloning", above=0)
+    iterations: int = setting(5000, "optimizer steps of pi-ID", low=1)
     lr: float = setting(5e-3, "Adam learning rate, decays to 0 along a cosine", above=0)
     num_intermediates: int = setting(2, "teacher queries per iteration", low=1)
     total_substeps: int = setting(128, "substeps of the GMFlow policy rollout", low=1)
@@ -134,6 +143,29 @@ def query_times(
     return times, times[:, 1:]
 
 
+class TeacherPath:
+    """The teacher's trajectory, for cloning: its states, and its velocity at each but the last.
+
+    reference: (INTERVALS + 1, B, C, *), uniform in tau from 1 to 0.
+    """
+
+    def __init__(self, teacher: Teacher, reference: Tensor, shift: float = 1.0):
+        self.x = reference[:-1]
+        t = shift_time(torch.linspace(1, 0, len(reference)), shift)[:-1].to(reference)
+        self.t = t[:, None].expand(*self.x.shape[:2])  #                (32, B)
+        with torch.no_grad():
+            self.u = torch.stack([teacher(x, t) for x, t in zip(self.x, self.t, strict=True)])
+
+    def loss(self, policy: Policy, settings: ToySettings, generator: torch.Generator) -> Tensor:
+        """Mean squared error at one state in each M-th of the path, weighted as in pi-ID."""
+        M, n, losses = settings.num_intermediates, len(self.x), []
+        places = (torch.arange(M) + torch.rand(M, generator=generator)) * n / M
+        for i in places.long().tolist():
+            error = (policy.velocity(self.x[i], self.t[i]) - self.u[i]).square().flatten(1).mean(1)
+            losses.append((error * self.t[i] ** settings.time_weight).mean())
+        return torch.stack(losses).mean()
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
@@ -216,7 +248,8 @@ def run_fit(
     shift: float = 1.0,
 ) -> Run:  # fmt: skip
     """One fit, measured against the teacher's trajectory (INTERVALS + 1, B, C, *)."""
-    x_src, losses = reference[0], reference.new_zeros(settings.iterations)
+    x_src, total = reference[0], settings.cloning + settings.iterations
+    losses = reference.new_zeros(total)
     generator = torch.Generator().manual_seed(settings.seed + 1)  # `seed` itself gave the noise
     with torch.no_grad():
         u_src = teacher(x_src, x_src.new_ones(len(x_src)))
@@ -238,9 +271,9 @@ def run_fit(
             plots.save_figure(figure, settings.out / "progress.png")
 
     began = time.perf_counter()
-    with tqdm(total=settings.iterations, desc=f"{kind} {size}", mininterval=1.0) as bar:
-        fit(static, teacher, settings, generator, monitor)
-        bar.update(settings.iterations - bar.n)
+    with tqdm(total=total, desc=f"{kind} {size}", mininterval=1.0) as bar:
+        fit(static, teacher, reference, settings, generator, monitor)
+        bar.update(total - bar.n)
     seconds, policy = time.perf_counter() - began, static().detach()
     states = trajectory(policy)
     metrics = compare(states, reference, decode, shift) | {"seconds": seconds}
@@ -266,7 +299,8 @@ def run_toy(
         runs = run_sweep(fit, teacher, reference, decode, settings, shift)
         metrics = about | {"runs": runs, "settings": describe(settings, shift)}
         write_json(settings.out / "sweep.json", metrics)
-        figure = plots.policy_sizes(runs, f"{name}, {settings.iterations} iterations a run")
+        steps = settings.cloning + settings.iterations
+        figure = plots.policy_sizes(runs, f"{name}, {steps} iterations a run")
         plots.save_figure(figure, settings.out / "sweep.png")
         print(f"wrote {settings.out}/sweep.json and sweep.png")
         return

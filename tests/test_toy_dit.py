@@ -12,6 +12,7 @@ from common.cli import parse
 from common.static_policy import (
     INTERVALS,
     StaticPolicy,
+    TeacherPath,
     compare,
     policy_trajectory,
     psnr_db,
@@ -30,7 +31,10 @@ QUICK = Settings(
     components=4, iterations=20, lr=3e-2, total_substeps=16, solver="deis", teacher_steps=32,
     time_weight=1.0,
 )  # fmt: skip
-SHORT = ["--iterations", "20", "--total-substeps", "8", "--teacher-steps", "32", "--device", "cpu"]
+SHORT = [
+    "--cloning", "5", "--iterations", "20", "--total-substeps", "8", "--teacher-steps", "32",
+    "--device", "cpu",
+]  # fmt: skip
 
 
 def noise(seed: int = 0) -> torch.Tensor:
@@ -107,13 +111,36 @@ def test_fit_lowers_the_loss(policy):
         return pi_id_loss(static(), decay, 1.0, 1.0, **options).loss.item()
 
     before, generator = loss(), torch.Generator().manual_seed(1)
-    fit(static, decay, settings, generator, lambda i, loss, static: steps.append(i))
+    fit(static, decay, x[None], settings, generator, lambda i, *_: steps.append(i))
     assert steps == list(range(20)) and loss() < 0.8 * before
+
+
+def test_cloning_compares_on_the_teachers_states():
+    """With a query in each of the 32 intervals every state is used once: a plain mean square."""
+    x = noise()
+    reference = teacher_trajectory(decay, x, 256)
+    policy = StaticPolicy(x, x, components=4, generator=torch.Generator().manual_seed(0))().detach()
+    t, errors = torch.linspace(1, 0, INTERVALS + 1)[:-1], []
+    for state, level in zip(reference, t, strict=False):
+        errors.append(level * (policy.velocity(state, level.expand(1)) - state).square().mean())
+    settings = dataclasses.replace(QUICK, num_intermediates=INTERVALS)
+    loss = TeacherPath(decay, reference).loss(policy, settings, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["gmflow", "dx"])
+def test_cloning_leads_to_the_teachers_end(policy):
+    reference = teacher_trajectory(decay, noise(), 256)
+    settings = dataclasses.replace(QUICK, policy=policy, cloning=300, iterations=1, lr=1e-6)
+    run = run_fit(fit, decay, reference, torch.tanh, settings)
+    moved = (reference[-1] - reference[0]).square().mean().sqrt().item()
+    assert run.metrics["endpoint_rmse"] < 0.1 * moved  # 0.58 before
 
 
 def test_same_seed_same_run():
     reference = teacher_trajectory(decay, noise(), 32)
-    first, second = (run_fit(fit, decay, reference, torch.tanh, QUICK) for _ in range(2))
+    settings = dataclasses.replace(QUICK, cloning=10)
+    first, second = (run_fit(fit, decay, reference, torch.tanh, settings) for _ in range(2))
     assert torch.equal(first.states, second.states) and torch.equal(first.losses, second.losses)
 
 

@@ -54,7 +54,7 @@ def test_defaults_are_the_published_settings():
     assert published.items() <= dataclasses.asdict(settings).items()
     assert (toy_qwen.SHIFT, QWEN.repo) == (3.2, "Qwen/Qwen-Image")
     tiny = parse(Settings, "", ["--tiny", "--width", "32"], PRESETS, by="tiny")
-    assert (tiny.tiny, tiny.height, tiny.width, tiny.iterations) == (True, 64, 32, 100)
+    assert (tiny.tiny, tiny.height, tiny.width, tiny.iterations) == (True, 112, 32, 150)
 
 
 def test_prompts_of_different_lengths_stack_with_a_mask():
