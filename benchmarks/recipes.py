@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import print_table
-from common.cli import keep_freed_memory, parse, run_cli, setting
+from common.cli import atomic, keep_freed_memory, parse, run_cli, setting
 from common.teachers import endpoint_rmse, integrate_teacher
 from imagenet import distill, fashion
 from imagenet.checkpoints import load_dit
@@ -61,14 +61,20 @@ def noises(first: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def teacher_ends(first: int, n: int) -> Tensor:
-    """The teacher's x_0 for n noises."""
+def teacher_ends(first: int, n: int, folder: Path) -> Tensor:
+    """The teacher's x_0 for n noises, kept in the folder: 5 core-minutes for 1,000."""
+    path = folder / f"teacher_{first}_{n}.pt"
+    if path.is_file():
+        return torch.load(path, weights_only=True)
     config, net = distill.PRESETS["tiny"], load_dit(fashion.TEACHER)
     ends = []
     for x, labels in zip(*(part.split(100) for part in noises(first, n)), strict=True):
         teacher = guided_teacher(net, labels, config.guidance, config.guidance_interval)
         ends.append(integrate_teacher(teacher, x, TEACHER_STEPS))
-    return torch.cat(ends)
+    ends = torch.cat(ends)
+    with atomic(path) as temporary:
+        torch.save(ends, temporary)
+    return ends
 
 
 @torch.no_grad()
@@ -104,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     """Trains every recipe and prints the table."""
     settings = parse(Settings, __doc__, argv)
     keep_freed_memory()
-    ends = {name: teacher_ends(first, settings.samples) for name, first in SETS.items()}
+    out, n = settings.out, settings.samples
+    ends = {name: teacher_ends(first, n, out) for name, first in SETS.items()}
     unit = {name: distance(x_0) for name, x_0 in ends.items()}
     header = ["recipe", "seed", "iterations", "core-minutes", "A", "B", "endpoint RMSE"]
     rows = [["teacher", "", "", "", *(f"{unit[name]:.1f}" for name in SETS), ""]]
