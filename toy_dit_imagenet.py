@@ -1,14 +1,16 @@
 """Overfit one trajectory of a DiT teacher with a static policy: 32 mixture components, no network.
 
-    python toy_dit_imagenet.py                          # the tiny teacher: offline, about a minute
+    python toy_dit_imagenet.py                          # the tiny teacher: offline, half a minute
     python toy_dit_imagenet.py --class bag --policy dx  # another class, the DX policy
     python toy_dit_imagenet.py --sweep                  # endpoint error over K and over N
+    python toy_dit_imagenet.py --cloning 0 --iterations 1200 --lr 5e-2     # pi-ID alone
     python toy_dit_imagenet.py --teacher repa           # ImageNet 256: GPU, download, diffusers
 
 toy.png shows the teacher's trajectory above the policy's for the same noise; metrics.json says how
 far apart they end. With --teacher repa or fm the defaults are the published ones: K = 32, 5000
-iterations, Adam 5e-3, 2 intermediates, guidance 4, seed 42, class "jay", 128 Euler substeps, plain
-loss. The tiny teacher is a stand-in trained on Fashion-MNIST (see assets/README.md).
+iterations of pi-ID, Adam 5e-3, 2 intermediates, guidance 4, seed 42, class "jay", 128 Euler
+substeps, plain loss. The tiny teacher is a stand-in trained on Fashion-MNIST (assets/README.md);
+with it 1500 iterations of cloning go first, why is said in common/static_policy.py.
 
 What limits the published loss: pi = (x - x0_hat)/t, so an error of x0_hat counts 1/t^2 in the
 squared error of the velocity, and the few queries at t < 0.02 rule Adam's step sizes. Weighting

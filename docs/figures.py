@@ -1,14 +1,22 @@
-"""Draws the two pictures of method.md: python -m docs.figures"""
+"""Draws the pictures of method.md, and the one of text_to_image/README.md: python -m docs.figures
+
+The last needs requirements-extra.txt.
+"""
 
 from pathlib import Path
 
 import torch
 
-from common.plots import BLUE, GREY, VERMILION, new_figure, save_figure
+from common.plots import BLUE, GREY, VERMILION, image_rows, new_figure, save_figure
+from common.teachers import guided_velocity, integrate_teacher
 from piflow_minimal import rollout
 from toy_2d import Settings, make_density, train
 
 FOLDER = Path(__file__).parent
+WORDS = (
+    "a dark coat", "a white coat", "a patterned dress", "a plain dress",
+    "dark trousers", "a sneaker", "a boot", "a white bag",
+)  # fmt: skip
 
 
 def segment() -> None:
@@ -79,6 +87,36 @@ def arrows() -> None:
     save_figure(figure, FOLDER / "rollout.png")
 
 
+@torch.no_grad()
+def words() -> None:
+    """The shipped adapters of the small text-to-image model above the model itself, same noises."""
+    import text_to_image.pipelines as dm
+    from text_to_image.generate import SHIFT, load
+    from text_to_image.tiny_fashion import GUIDANCE, fashion_pipeline
+
+    pipe, qwen, rows = fashion_pipeline(), dm.FAMILIES["qwen"], {}
+    for model in ("gm-qwen", "dx-qwen"):
+        latents = load(model, tiny=True, device="cpu")(WORDS, batch=8, output="latent").latents
+        rows[f"{model}, 4 network evaluations"] = latents
+    both = dm.encode_prompts(pipe, qwen, [*WORDS, *[" "] * len(WORDS)])
+
+    def teacher(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        twice = torch.cat([x, x])
+        u = dm.unpack(dm.evaluate(pipe, qwen, twice, torch.cat([t, t]), both), twice)
+        return guided_velocity(*u.chunk(2), GUIDANCE, t)
+
+    seeds = (torch.Generator().manual_seed(i) for i in range(len(WORDS)))
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=seed) for seed in seeds])
+    for steps in (4, 50):
+        name = f"the model itself, {steps} Euler steps of 2 network evaluations"
+        rows[name] = integrate_teacher(teacher, noise, steps, SHIFT)
+    figure = image_rows({name: dm.decode(pipe, qwen, x) for name, x in rows.items()})
+    for axis, text in zip(figure.axes, WORDS, strict=False):
+        axis.set_title(text, fontsize=8, pad=18)
+    save_figure(figure, FOLDER.parent / "assets" / "tiny_text.png")
+
+
 if __name__ == "__main__":
     segment()
     arrows()
+    words()

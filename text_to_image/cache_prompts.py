@@ -205,9 +205,9 @@ def cache(settings: Settings, place: Place, pipe: Any = None) -> None:
 def load_encoders(settings: Settings, family: dm.Family, with_vae: bool) -> Any:
     """The pipeline without its transformer."""
     if settings.tiny:
-        from text_to_image.tiny_models import tiny_pipeline
+        from text_to_image.tiny_models import demo_pipeline
 
-        return tiny_pipeline(family)
+        return demo_pipeline(family)
     without = ["transformer"] if with_vae else ["transformer", "vae"]
     return dm.load_base(family, settings.base or None, without=without)
 

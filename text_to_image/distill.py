@@ -44,12 +44,13 @@ from text_to_image.adapters import PolicySpec
 from text_to_image.generate import FINAL_STEP_SIZE_SCALE, SHIFT
 from text_to_image.monitor import Monitor, check_memory
 from text_to_image.roles import TwoRoles, export_adapter, make_student, make_teacher, shard
+from text_to_image.tiny_fashion import GUIDANCE, SIDE
 
 SIZES = (  # around one megapixel
     (1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344), (1344, 768)
 )  # fmt: skip
 TINY_SIZES = ((64, 64), (48, 64))
-TINY_SCALE = 4.0  # of the random base's output layer, so that its trajectories bend
+TINY_SCALE = 4.0  # of a random base's output layer, so that its trajectories bend
 TINY_PROMPTS = [
     f"{start} {name}" for start in ("a", "a photo of a", "the picture of one")
     for name in ("t-shirt", "pair of trousers", "pullover", "dress", "coat",
@@ -117,7 +118,9 @@ class Settings:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of the images; a micro-batch has one of them."""
-        return TINY_SIZES if self.tiny else SIZES
+        if self.tiny:
+            return ((SIDE, SIDE),) if self.family == "qwen" else TINY_SIZES
+        return SIZES
 
     @property
     def spec(self) -> PolicySpec:
@@ -148,10 +151,12 @@ RESUMABLE |= {"save_every", "keep", "picture_every", "pictures", "teacher_steps"
 
 def tiny(settings: Settings) -> Settings:
     """A preset's numbers for the small stand-ins."""
+    guidance = GUIDANCE if settings.family == "qwen" else settings.guidance
     return replace(
-        settings, tiny=True, out="outputs/t2i_tiny", lora_rank=8, lora_dropout=0.0, logstd_width=32,
+        settings, tiny=True, guidance=guidance, out="outputs/t2i_tiny",
+        lora_rank=8, lora_dropout=0.0, logstd_width=32,
         iterations=100, mixing_iterations=min(settings.mixing_iterations, 50), batch=4,
-        micro_batch=4, lr=2e-3, warmup=10, clip_start=20, ema_start=20, total_substeps=64,
+        micro_batch=4, lr=2e-3, warmup=10, clip_start=20, ema_start=20, total_substeps=32,
         checkpointing=False, save_every=100, device="cpu",
     )  # fmt: skip
 
@@ -365,10 +370,11 @@ def text_parts(family: dm.Family, base: str) -> list[str]:
 
 def tiny_base(settings: Settings, family: dm.Family, place: runs.Place) -> tuple[Any, str]:
     """A small pipeline, and a folder with a few cached prompts."""
-    from text_to_image.tiny_models import tiny_pipeline
+    from text_to_image.tiny_models import demo_pipeline
 
-    pipe, folder = tiny_pipeline(family), settings.prompts or str(Path(settings.out) / "prompts")
-    pipe.transformer.proj_out.weight.data *= TINY_SCALE
+    pipe, folder = demo_pipeline(family), settings.prompts or str(Path(settings.out) / "prompts")
+    if family.name != "qwen":  # random weights
+        pipe.transformer.proj_out.weight.data *= TINY_SCALE
     if not settings.prompts and place.rank == 0:
         source = Path(settings.out) / "prompts.txt"
         source.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Few-step text to image: Qwen-Image, FLUX.1 and FLUX.2 with the published pi-Flow adapters.
 
     python -m text_to_image.generate --model gm-qwen --prompt "a jay on a snowy branch"
-    python -m text_to_image.generate --tiny --prompt "a jay" --height 64 --width 64
+    python -m text_to_image.generate --tiny --prompt "a dark coat"
     python -m text_to_image.generate --tiny --ui
 
-The second and third run offline on small random models: pictures of noise, and the page.
+The second and third run offline on a small model of clothes: a picture, and the page.
 In a notebook:
 
     from text_to_image.generate import load
@@ -54,7 +54,8 @@ from text_to_image.adapters import (
     read_adapter,
     read_style,
 )
-from text_to_image.tiny_models import tiny_adapter, tiny_pipeline
+from text_to_image.tiny_fashion import ADAPTERS
+from text_to_image.tiny_models import demo_pipeline, tiny_adapter
 
 SHIFT = 3.2  # of the sampler's steps, and of the DX grids: the same for all adapters
 FINAL_STEP_SIZE_SCALE = 0.5
@@ -160,8 +161,8 @@ class FewStep:
         """Draws len(prompts) * images_per_prompt pictures.
 
         Args:
-            height, width: multiples of 16, else the next smaller ones are used; 1024 if not given,
-                with reference images the size of the first.
+            height, width: multiples of 16, else the next smaller ones are used; by default the size
+                of the first reference image, or the model's own (1024; --tiny less).
             nfe: network evaluations; what the adapter was trained for if not given.
             seed: picture i starts from noise that depends on seed + i alone, so it is the same in
                 every batch, and on every device up to rounding.
@@ -185,7 +186,8 @@ class FewStep:
         if references and self.family.name != "flux2":
             raise ValueError(f"references: only FLUX.2 edits images, not {self.family.name}")
         references = [dm.read_image(image) for image in references]
-        size = dm.reference_size(self.pipe, references[0]) if references else (1024, 1024)
+        size = (self.pipe.default_sample_size * self.pipe.vae_scale_factor,) * 2
+        size = dm.reference_size(self.pipe, references[0]) if references else size
         size = size[0] if height is None else height, size[1] if width is None else width
         height, width = self._size(*size)
         self._warn_if_unusual(nfe, guidance)
@@ -306,7 +308,7 @@ def load(
         loras: (file, folder or Hub name, strength) of style LoRAs for the base model.
         dtype: of the networks; bfloat16 if not given (float32 with `tiny`).
         quantize, offload: see `QUANTIZE_HELP` and `OFFLOADS` in pipelines.py.
-        tiny: small random models in place of the real ones; `adapter` may still be given.
+        tiny: small models in place of the real ones, see `demo_pipeline`; `adapter` may be given.
         pixels, batch: of the pictures to come, for the memory estimate.
     Raises: ValueError, OSError, ImportError: one line.
     """
@@ -325,10 +327,10 @@ def load(
             raise ValueError(f"{name}: strength {scale}; it must be finite")
     pipeline = dm.library_class(dm.import_diffusers(), family.pipeline)
     dm.require_package("peft", "an adapter's LoRA")
-    published = f"{preset.repo}/{preset.subfolder}"
-    found = None if tiny and not adapter else read_adapter(adapter or published)
+    shipped = str(ADAPTERS.get(model, "")) if tiny else f"{preset.repo}/{preset.subfolder}"
+    found = read_adapter(adapter or shipped) if adapter or shipped else None
     if tiny:
-        pipe = tiny_pipeline(family)
+        pipe = demo_pipeline(family)
         pipe = pipe if dtype == torch.float32 else pipe.to(dtype)
         modules = {k: part for k, part in pipe.components.items() if isinstance(part, nn.Module)}
         # of the models here, the GMFlow ones are those whose policy has no settings
@@ -386,7 +388,10 @@ class Settings:
     prompt_file: Path | None = setting(None, "UTF-8 text file with one prompt per line")
     images: int = setting(1, "pictures per prompt", low=1, high=MOST["images_per_prompt"])
     height: int | None = setting(
-        None, "multiple of 16; 1024 or that of the first reference image", low=16, high=LONGEST_SIDE
+        None,
+        "multiple of 16; that of the first reference image, or 1024",
+        low=16,
+        high=LONGEST_SIDE,
     )
     width: int | None = setting(None, "as --height", low=16, high=LONGEST_SIDE)
     nfe: int | None = setting(
@@ -416,7 +421,9 @@ class Settings:
     quantize: str = setting("none", dm.QUANTIZE_HELP, choices=dm.BYTES_PER_WEIGHT)
     offload: str = setting("none", dm.offload_help(dm.OFFLOADS), choices=dm.OFFLOADS)
     device: str = setting("auto", DEVICE_HELP)
-    tiny: bool = setting(False, "small random models: pictures of noise, offline")
+    tiny: bool = setting(
+        False, "offline: a small model of clothes (qwen), or small random models (flux)"
+    )
     out: Path = setting(Path("outputs/text_to_image"), "folder for the pictures")
     ui: bool = setting(False, "a page in the browser in place of files")
     host: str = setting("127.0.0.1", "address of the page; 0.0.0.0 lets other machines in")

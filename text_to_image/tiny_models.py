@@ -1,9 +1,10 @@
-"""Small random stand-ins of the three base models and of their adapters, for --tiny and the tests.
+"""Small stand-ins of the three base models and of their adapters, for --tiny and the tests.
 
-    pipe = tiny_pipeline(FAMILIES["qwen"])         # a whole pipeline, in seconds, offline
+    pipe = demo_pipeline(FAMILIES["qwen"])  # Qwen-Image: a trained model of clothes; FLUX: random
+    pipe = tiny_pipeline(FAMILIES["qwen"])  # random weights, with text encoder and VAE
     apply_adapter(pipe.transformer, tiny_adapter(pipe.transformer, gmflow=True))
 
-They go through the same code as the real ones. Their pictures are noise.
+They go through the same code as the real ones. The pictures of random weights are noise.
 """
 
 from typing import Any
@@ -13,6 +14,12 @@ from torch import nn
 
 from text_to_image.adapters import Adapter, expected_shapes
 from text_to_image.pipelines import Family, import_diffusers
+from text_to_image.tiny_fashion import fashion_pipeline
+
+
+def demo_pipeline(family: Family) -> Any:
+    """What --tiny works on: fashion_pipeline() for Qwen-Image, tiny_pipeline(family) for FLUX."""
+    return fashion_pipeline() if family.name == "qwen" else tiny_pipeline(family)
 
 
 def tiny_pipeline(family: Family, seed: int = 0) -> Any:
@@ -28,6 +35,7 @@ def tiny_pipeline(family: Family, seed: int = 0) -> Any:
         parts = _TINY[family.name](diffusers, transformers)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = getattr(diffusers, family.pipeline)(scheduler=scheduler, **parts)
+    pipe.default_sample_size = 8  # images of 64 x 64
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
