@@ -11,6 +11,7 @@ import torch
 
 from text_to_image.generate import MODELS, OUT_OF_MEMORY, FewStep, Result, load_from, report
 from text_to_image.pipelines import import_diffusers, release_memory, require_package
+from text_to_image.tiny_fashion import SIDE
 
 
 def build_page(settings: Any) -> Any:
@@ -52,9 +53,10 @@ def build_page(settings: Any) -> Any:
         notes = [str(note.message) for note in notes if note.category is UserWarning]
         return gallery(result), "\n".join([report(result), *notes])
 
-    side = 64 if settings.tiny else 1024
+    side = SIDE if settings.tiny else 1024
     with gr.Blocks(title="pi-Flow text to image", analytics_enabled=False) as page:
-        gr.Markdown("## Few-step text to image" + (" (small random models)" * settings.tiny))
+        note = " (a small model of clothes; FLUX is random)" * settings.tiny
+        gr.Markdown("## Few-step text to image" + note)
         with gr.Row():
             with gr.Column():
                 prompt = gr.Textbox(" ".join(settings.prompt), label="Prompt", lines=3)

@@ -360,7 +360,7 @@ def test_a_run_never_reads_the_device_back(model):
         generate.pipe = Bare(network)
         generate.pipe._execution_device = torch.device("cuda")
         conditions = dm.Conditions(
-            torch.randn(2, 7, 24, device="cuda"),
+            torch.randn(2, 7, network.config.joint_attention_dim, device="cuda"),
             mask=torch.ones(2, 7, dtype=torch.bool, device="cuda") if name == "qwen" else None,
             pooled=torch.randn(2, 20, device="cuda") if name == "flux" else None,
         )

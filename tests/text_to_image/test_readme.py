@@ -29,7 +29,8 @@ def test_commands_run_as_printed(command, tmp_path, monkeypatch):
     assert settings.ui or read_prompts(settings)
     if settings.tiny and not settings.ui:
         main(shlex.split(command))
-        assert len(list(Path("outputs/text_to_image").glob("0000_seed*.png"))) == 1
+        pictures = list(Path("outputs/text_to_image").glob("0000_seed*.png"))
+        assert len(pictures) == len(settings.prompt)
 
 
 def test_the_table_has_every_model_as_the_code_has_it():
