@@ -5,7 +5,7 @@ a student network is. What it reaches is what the policy family can express; wha
 student lacks beyond that is the network's. One policy covers the whole path, t = 1 to 0.
 
 Two phases. Cloning compares with the teacher on the teacher's own trajectory: with one trajectory
-its 32 stored states are all that there is to know. pi-ID compares on the trajectory of the policy.
+its stored states are all that there is to know. pi-ID compares on the trajectory of the policy.
 Alone it may settle elsewhere: where the teacher's flow amplifies early errors, the policy's own
 states lead to another picture, and there the teacher confirms it. --cloning 0 shows that.
 
@@ -144,25 +144,36 @@ def query_times(
 
 
 class TeacherPath:
-    """The teacher's trajectory, for cloning: its states, and its velocity at each but the last.
+    """The teacher's trajectory, for cloning: the stored states, and a cubic between each two.
 
-    reference: (INTERVALS + 1, B, C, *), uniform in tau from 1 to 0.
+    reference: (INTERVALS + 1, B, C, *), uniform in tau from 1 to 0; the teacher is queried at each.
     """
 
     def __init__(self, teacher: Teacher, reference: Tensor, shift: float = 1.0):
-        self.x = reference[:-1]
-        t = shift_time(torch.linspace(1, 0, len(reference)), shift)[:-1].to(reference)
-        self.t = t[:, None].expand(*self.x.shape[:2])  #                (32, B)
+        self.t = shift_time(torch.linspace(1, 0, len(reference)), shift).tolist()
+        self.x = reference
         with torch.no_grad():
-            self.u = torch.stack([teacher(x, t) for x, t in zip(self.x, self.t, strict=True)])
+            times = (x.new_full((len(x),), t) for x, t in zip(reference, self.t, strict=True))
+            self.u = torch.stack([teacher(x, t) for x, t in zip(reference, times, strict=True)])
+
+    def at(self, place: float) -> tuple[Tensor, Tensor, Tensor]:
+        """-> x (B, C, *), t (B,), u (B, C, *) at place in [0, INTERVALS), counted from t = 1."""
+        i, a = int(place), place % 1
+        (t, t_end), (x, x_end), (u, u_end) = (part[i : i + 2] for part in (self.t, self.x, self.u))
+        h = t_end - t  # Hermite: both states and both velocities
+        move = x_end - x
+        here = x + a * a * (3 - 2 * a) * move + h * a * (1 - a) * ((1 - a) * u - a * u_end)
+        slope = 6 * a * (1 - a) / h * move + (1 - a) * (1 - 3 * a) * u + a * (3 * a - 2) * u_end
+        return here, x.new_full((len(x),), t + a * h), slope
 
     def loss(self, policy: Policy, settings: ToySettings, generator: torch.Generator) -> Tensor:
-        """Mean squared error at one state in each M-th of the path, weighted as in pi-ID."""
-        M, n, losses = settings.num_intermediates, len(self.x), []
-        places = (torch.arange(M) + torch.rand(M, generator=generator)) * n / M
-        for i in places.long().tolist():
-            error = (policy.velocity(self.x[i], self.t[i]) - self.u[i]).square().flatten(1).mean(1)
-            losses.append((error * self.t[i] ** settings.time_weight).mean())
+        """Mean squared error at one place in each M-th of the path, weighted as in pi-ID."""
+        M, losses = settings.num_intermediates, []
+        places = (torch.arange(M) + torch.rand(M, generator=generator)) / M
+        for place in (places.clamp(max=1 - 1e-6) * (len(self.x) - 1)).tolist():
+            x, t, u = self.at(place)
+            error = (policy.velocity(x, t) - u).square().flatten(1).mean(1)
+            losses.append((error * t**settings.time_weight).mean())
         return torch.stack(losses).mean()
 
 

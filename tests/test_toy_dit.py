@@ -115,17 +115,29 @@ def test_fit_lowers_the_loss(policy):
     assert steps == list(range(20)) and loss() < 0.8 * before
 
 
-def test_cloning_compares_on_the_teachers_states():
-    """With a query in each of the 32 intervals every state is used once: a plain mean square."""
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+def test_cloning_compares_on_the_teachers_trajectory(shift):
+    """Between the stored states too: dx/dt = x has the solution x(t) = x(1) exp(t - 1)."""
     x = noise()
-    reference = teacher_trajectory(decay, x, 256)
-    policy = StaticPolicy(x, x, components=4, generator=torch.Generator().manual_seed(0))().detach()
-    t, errors = torch.linspace(1, 0, INTERVALS + 1)[:-1], []
-    for state, level in zip(reference, t, strict=False):
-        errors.append(level * (policy.velocity(state, level.expand(1)) - state).square().mean())
-    settings = dataclasses.replace(QUICK, num_intermediates=INTERVALS)
-    loss = TeacherPath(decay, reference).loss(policy, settings, torch.Generator().manual_seed(0))
-    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+    path = TeacherPath(decay, teacher_trajectory(decay, x, 256, shift), shift)
+    for place in (0.0, 0.4, 7.5, 31.9):
+        state, t, u = path.at(place)
+        i, a = int(place), place % 1  # linear in t between the stored times
+        low, high = (shift_time(torch.tensor(1 - j / INTERVALS), shift) for j in (i + 1, i))
+        assert t.item() == pytest.approx((high + a * (low - high)).item(), abs=1e-6)
+        assert (state - x * (t - 1).exp()).abs().max() < 1e-4
+        assert (u - x * (t - 1).exp()).abs().max() < 1e-3
+
+
+def test_loss_of_cloning():
+    """A policy with x0_hat = 0 has pi = x/t, the teacher x: t^2 |pi - u|^2 = (1 - t)^2 |x(t)|^2."""
+    x = noise()
+    path, policy = TeacherPath(decay, teacher_trajectory(decay, x, 256)), StaticPolicy(x, x, "dx")()
+    settings = dataclasses.replace(QUICK, num_intermediates=500, time_weight=2.0)
+    loss = path.loss(policy.detach(), settings, torch.Generator().manual_seed(0))
+    t = (torch.arange(500) + 0.5) / 500
+    expected = ((1 - t) * (t - 1).exp()).square().mean() * x.square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
 
 
 @pytest.mark.parametrize("policy", ["gmflow", "dx"])
