@@ -29,13 +29,15 @@ RECIPES = {
     "tiny": {},
     "before": {
         "components": 8, "query_times": "uniform", "min_query_time": 0.0, "time_weight": 1.0,
-        "total_substeps": 16,
+        "total_substeps": 16, "sample_substeps": 0,
     },
     "k8": {"components": 8},
     "uniform-times": {"query_times": "uniform"},
     "no-floor": {"min_query_time": 0.0},
     "weight-t": {"time_weight": 1.0},
-    "8-substeps": {"total_substeps": 8, "min_query_time": 0.0442},
+    "4-substeps": {"total_substeps": 4, "sample_substeps": 0, "min_query_time": 0.125},
+    "3-substeps": {"total_substeps": 3, "min_query_time": 0.192},
+    "12-substeps": {"total_substeps": 12, "min_query_time": 0.024},
     "dropout": {"dropout": 0.05},
     "two-queries": {"num_intermediates": 2, "batch": 16},
 }  # fmt: skip
@@ -79,11 +81,11 @@ def teacher_ends(first: int, n: int, folder: Path) -> Tensor:
 
 @torch.no_grad()
 def student_ends(path: Path, config: distill.Settings, first: int, n: int) -> Tensor:
-    """The student's x_0, sampled as it was trained."""
+    """The student's x_0, sampled as its file states."""
     net, ends = load_dit(path), []
-    options = {"total_substeps": config.total_substeps, "solver": config.solver}
     for x, labels in zip(*(part.split(100) for part in noises(first, n)), strict=True):
-        ends.append(sample(dit_student(net, labels, 1 / config.nfe), x, config.nfe, **options))
+        student = dit_student(net, labels, 1 / config.nfe)
+        ends.append(sample(student, x, config.nfe, **config.sampling))
     return torch.cat(ends)
 
 

@@ -260,6 +260,6 @@ def policy_sizes(runs: Sequence[Mapping], title: str) -> "Figure":
     sizes = sorted({run["size"] for run in runs})
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.set(title=title, ylabel="endpoint PSNR (dB)")
-    axis.set_xlabel("size of the policy, K or N (equal iterations: large N is undertrained)")
+    axis.set_xlabel("size of the policy, K or N")
     axis.legend()
     return figure

@@ -95,6 +95,9 @@ class Settings:
         low=0, high=1,
     )  # fmt: skip
     total_substeps: int = setting(128, "substeps of the policy rollout, per unit of tau", low=1)
+    sample_substeps: int = setting(
+        0, "the same for sampling the student, which its file states; 0: as in training", low=0
+    )
     solver: str = setting(
         "euler", "solver of the rollout, exact for dx only", choices=("euler", "deis", "exact")
     )
@@ -146,23 +149,29 @@ class Settings:
         """Segments that one training sample passes through."""
         return 1 if self.latents else self.nfe
 
+    @property
+    def sampling(self) -> dict[str, int | str]:
+        """How the student's policy is rolled out when it is sampled."""
+        substeps = self.sample_substeps or self.total_substeps
+        return {"total_substeps": substeps, "solver": self.solver}
+
 
 # What may change when a run is continued; all else decides its numbers.
 RESUMABLE = {"out", "iterations", "micro_batch", "checkpointing", "shard", "compile", "device"}
 RESUMABLE |= {"log_every", "save_every", "keep", "milestone_every", "half_checkpoints"}
 RESUMABLE |= {"picture_every", "teacher_steps", "logger", "eval_every", "eval_images"}
-RESUMABLE |= {"reference", "inception"}
+RESUMABLE |= {"reference", "inception", "sample_substeps"}
 
 TINY = Settings(
-    teacher="tiny", guidance=2.5, guidance_interval=(0.0, 0.8), components=16, iterations=5500,
-    batch=32, num_intermediates=1, query_times="stratified", min_query_time=0.125,
-    total_substeps=4, solver="deis", time_weight=0.25, loss_scale=1.0, lr=2e-3, lr_decay="cosine",
-    warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0, bf16=False, tf32=False,
-    checkpointing=False, save_every=500, picture_every=1000,
+    teacher="tiny", guidance=2.5, guidance_interval=(0.0, 0.8), components=16, iterations=5000,
+    batch=32, num_intermediates=1, query_times="stratified", min_query_time=0.068,
+    total_substeps=6, sample_substeps=3, solver="deis", time_weight=0.25, loss_scale=1.0, lr=2e-3,
+    lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0, bf16=False,
+    tf32=False, checkpointing=False, save_every=500, picture_every=1000,
 )  # fmt: skip
 TINY_FULL = replace(  # queries down to t = 0
     TINY, components=8, query_times="uniform", min_query_time=0.0, total_substeps=16,
-    time_weight=1.0, iterations=8000,
+    sample_substeps=0, time_weight=1.0, iterations=8000,
 )  # fmt: skip
 TINY_DX = replace(
     TINY_FULL, policy="dx", dropout=0.0, components=10, solver="exact", time_weight=2.0
@@ -323,8 +332,7 @@ class Run:
         self.student = init_student_from_teacher(
             teacher, config.policy, config.components, generator=generator
         ).to(device)
-        rollout = {"solver": config.solver, "total_substeps": config.total_substeps}
-        self.student.config = replace(self.student.config, **rollout)
+        self.student.config = replace(self.student.config, **config.sampling)
         self.student.requires_grad_(True).train()
         self.student.checkpointing = config.checkpointing
         self.compile = device.type == "cuda" if config.compile is None else config.compile

@@ -84,10 +84,9 @@ class PairedEval:
 
 
 def sample_student(config: "Settings", net: DiT, noise: Tensor, labels: Tensor) -> Tensor:
-    """x_0 (B, C, H, W) by config.nfe evaluations, the policy rolled out as in training."""
+    """x_0 (B, C, H, W) by config.nfe evaluations, rolled out as the student's file states."""
     student = dit_student(runs.AutocastModel(net, net.config, config.bf16), labels, 1 / config.nfe)
-    rollout = {"total_substeps": config.total_substeps, "solver": config.solver}
-    return sample(student, noise, config.nfe, **rollout)
+    return sample(student, noise, config.nfe, **config.sampling)
 
 
 def seeded(seed: int) -> torch.Generator:

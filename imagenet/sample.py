@@ -193,7 +193,8 @@ def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Sett
                              f"{settings.model} is {what}")  # fmt: skip
     if settings.reference and tiny:
         raise ValueError("--reference is for ImageNet; the tiny model has its own in assets/")
-    stated = net.config.total_substeps  # 0 where the file does not state it
+    stated = net.config.total_substeps or 128  # 0 where the file does not state it
+    stated = run.get("sample_substeps") or run.get("total_substeps", stated)
     solver = net.config.solver or ("exact" if head == "dx" else "euler")
     half = device.type == "cuda" and not tiny
     dtype, vae_dtype = ("bfloat16", "float16") if half else ("float32", "float32")
@@ -203,7 +204,7 @@ def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Sett
         trained_nfe=trained,
         guidance=guidance if settings.guidance is None else settings.guidance,
         guidance_interval=tuple(settings.guidance_interval or interval),
-        total_substeps=settings.total_substeps or run.get("total_substeps", stated or 128),
+        total_substeps=settings.total_substeps or stated,
         solver=settings.solver or run.get("solver", solver),
         teacher=teacher,
         pairs=pairs,

@@ -48,6 +48,7 @@ def teacher_file(tmp_path) -> str:
 def flags(teacher: str, out, **changes) -> list[str]:
     """The tiny preset, made smaller; whatever a test relies on is said here, not there."""
     options = {"teacher": teacher, "out": out, "components": 3, "batch": 5, "total_substeps": 4}
+    options |= {"sample_substeps": 0}
     options |= {"warmup": 2, "iterations": 6, "log_every": 2, "save_every": 2, "picture_every": 0}
     options |= {"guidance": 1.5, "guidance_interval": (0, 0.8), "dropout": 0.3}
     options |= {"device": "cpu", "lr": 1e-3, "time_weight": 0.0, "loss_scale": 1.0}
@@ -765,8 +766,7 @@ def test_frechet_distance_while_training(tmp_path):
     generators = [torch.Generator().manual_seed(i) for i in range(81)]
     noise = torch.stack([torch.randn(4, 14, 14, generator=g) for g in generators])
     with torch.no_grad():
-        rollout = {"total_substeps": distill.TINY.total_substeps, "solver": distill.TINY.solver}
-        x_0 = sample(distill.dit_student(net, labels), noise, **rollout)
+        x_0 = sample(distill.dit_student(net, labels), noise, **distill.TINY.sampling)
     expected = metrics.frechet_distance(fashion.to_images(x_0).clamp(-1, 1))
     assert len(found) == 2 and found[1] == pytest.approx(expected, rel=1e-3)
 
@@ -891,8 +891,7 @@ def test_the_shipped_student_follows_the_shipped_teacher():
     velocity = guided_teacher(teacher, labels, tiny.guidance, tiny.guidance_interval)
     few, many = (integrate_teacher(velocity, noise, steps) for steps in (1, 32))
     with torch.no_grad():
-        rollout = {"total_substeps": tiny.total_substeps, "solver": tiny.solver}
-        x_0 = sample(distill.dit_student(net, labels), noise, **rollout)
+        x_0 = sample(distill.dit_student(net, labels), noise, **tiny.sampling)
     errors = [(x - many).square().mean().sqrt().item() for x in (few, x_0)]
     assert net.config.components == tiny.components and errors[1] < 0.6 * errors[0]
 
