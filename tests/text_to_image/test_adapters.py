@@ -28,6 +28,14 @@ from text_to_image.adapters import (
     style_file,
 )
 from text_to_image.generate import load
+from text_to_image.tiny_models import tiny_pipeline  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def random_base(monkeypatch):
+    """These tests are about the 24-wide random models, with text encoders."""
+    monkeypatch.setattr("text_to_image.generate.demo_pipeline", tiny_pipeline)
+    monkeypatch.setattr("text_to_image.generate.ADAPTERS", {})
 
 
 def check_direct(

@@ -425,7 +425,8 @@ def test_command_draws_pictures(tmp_path, capsys):
     assert new == {"0001.json", "0002.json", "0002_seed3.png", "0002_seed4.png"}
 
 
-def test_command_with_adapter_policy_and_reference(tmp_path):
+def test_command_with_adapter_policy_and_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr("text_to_image.generate.demo_pipeline", tiny_pipeline)
     Image.new("RGB", (80, 64)).save(tmp_path / "input.png")
     main([*TINY[:3], "--model", "gm-flux2", "--prompt", "a jay", "--reference",
           str(tmp_path / "input.png"), "--out", str(tmp_path / "edit")])  # fmt: skip

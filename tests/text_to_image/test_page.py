@@ -117,7 +117,7 @@ def test_page_in_a_browser(tmp_path):
         draw.click()
         is_picture = lambda e: e.get_attribute("src").startswith("data:image/png")  # noqa: E731
         pictures = wait(lambda: len(p := find("img", is_picture)) == 3 and p)
-        wait(lambda: all(p.get_property("naturalWidth") == 64 for p in pictures))
+        wait(lambda: all(p.get_property("naturalWidth") == 112 for p in pictures))
         said = find("textarea", lambda e: "3 images" in e.get_attribute("value"))
         assert said and "network" in said[0].get_attribute("value")
         browser.save_screenshot(str(tmp_path / "page.png"))
