@@ -1,7 +1,8 @@
 """Trains the text-conditioned teacher that `python -m text_to_image.generate --tiny` draws with.
 
-    python -m assets.train_tiny_text_teacher                # 45 minutes on one core
-    python -m assets.train_tiny_text_teacher --iterations 200 --out outputs/try      # a look
+    python -m assets.train_tiny_text_teacher                                  # 54 core-minutes
+    python -m assets.train_tiny_text_teacher --iterations 200 --work outputs/try \\
+        --out outputs/try/teacher.safetensors                                 # a look
 
 A small transformer of Qwen-Image's class learns flow matching on Fashion-MNIST. A prompt is a class
 name or a synonym, words for shade and pattern that the pixels justify, and up to three random words
@@ -51,6 +52,8 @@ EMA_GAMMA = 15  # the average looks back over about 1/16 of the run so far
 
 @dataclass(frozen=True)
 class Settings:
+    """Flags of the script."""
+
     iterations: int = setting(13_000, "optimizer steps", low=1)
     batch: int = setting(32, "images per optimizer step", low=1)
     lr: float = setting(
@@ -66,6 +69,8 @@ class Settings:
 
 
 class Data(NamedTuple):
+    """The training set."""
+
     latents: Tensor  # (N, 4, 14, 14)
     labels: Tensor  # (N,)
     looks: dict[str, Tensor]  # (N,) each, see `describe`

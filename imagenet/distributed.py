@@ -511,7 +511,7 @@ def _like(value, own: Tensor | None):
 
 
 class Log:
-    """stats.jsonl, one JSON object per line, and TensorBoard or wandb if asked for; on rank 0."""
+    """stats.jsonl, one JSON object per line; TensorBoard or wandb by `logger`; all on rank 0."""
 
     def __init__(self, folder: str, iteration: int, logger: str = "none", settings=None):
         self.path, self.lines, self.send = join(folder, "stats.jsonl"), [], None

@@ -883,6 +883,14 @@ def test_the_tiny_preset_runs(tmp_path):
     assert load_dit(tmp_path / "student.safetensors").config.components == distill.TINY.components
 
 
+def test_the_students_file_states_how_it_is_sampled(teacher_file, tmp_path):
+    for name, substeps in (("as trained", 0), ("with fewer", 3)):
+        argv = flags(teacher_file, tmp_path / name, iterations=1, sample_substeps=substeps)
+        distill.main(argv)
+        net = load_dit(tmp_path / name / "student.safetensors")
+        assert (net.config.solver, net.config.total_substeps) == ("deis", substeps or 4)
+
+
 def test_the_shipped_student_follows_the_shipped_teacher():
     """Its one evaluation against one and 32 guided steps of the teacher from the same noises."""
     net, teacher = load_dit(fashion.ASSETS / "tiny_student.safetensors"), load_dit(fashion.TEACHER)

@@ -251,6 +251,14 @@ def test_settings_come_from_the_run(files):
     assert (settings.solver, settings.total_substeps) == ("deis", 4)
 
 
+def test_a_run_says_how_its_student_is_sampled(files, tmp_path):
+    """sample_substeps before total_substeps, which are those of the training."""
+    run = json.loads((Path(files["run"]) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(run | {"sample_substeps": 5}))
+    settings = resolved(str(tmp_path), small_net("dx", 4), "--pairs", "0")
+    assert settings.total_substeps == 5
+
+
 def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
     """A teacher compared with itself: zero at the same number of steps."""
     options = ["--pairs", "5", "--teacher", files["teacher"], "--teacher-steps", "4"]
