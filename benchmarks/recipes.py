@@ -38,7 +38,7 @@ RECIPES = {
     "4-substeps": {"total_substeps": 4, "sample_substeps": 0, "min_query_time": 0.125},
     "3-substeps": {"total_substeps": 3, "min_query_time": 0.192},
     "12-substeps": {"total_substeps": 12, "min_query_time": 0.024},
-    "dropout": {"dropout": 0.05},
+    "no-dropout": {"dropout": 0.0},
     "two-queries": {"num_intermediates": 2, "batch": 16},
 }  # fmt: skip
 TEACHER_STEPS = 64  # Euler

@@ -388,10 +388,7 @@ class Settings:
     prompt_file: Path | None = setting(None, "UTF-8 text file with one prompt per line")
     images: int = setting(1, "pictures per prompt", low=1, high=MOST["images_per_prompt"])
     height: int | None = setting(
-        None,
-        "multiple of 16; that of the first reference image, or 1024",
-        low=16,
-        high=LONGEST_SIDE,
+        None, "multiple of 16; that of the first reference, or 1024", low=16, high=LONGEST_SIDE
     )
     width: int | None = setting(None, "as --height", low=16, high=LONGEST_SIDE)
     nfe: int | None = setting(

@@ -243,8 +243,10 @@ def test_export_round_trip(preset, tmp_path):
 # ---- The gradient of an iteration ----------------------------------------------------------------
 
 
-def test_gradients_are_summed_over_segments_weighted_by_size(tmp_path):
+def test_gradients_are_summed_over_segments_weighted_by_size(tmp_path, monkeypatch):
     """One iteration of `backward` against Algorithm 3 written out."""
+    sizes = distill.TINY_SIZES
+    monkeypatch.setattr(distill.Settings, "sizes", sizes)
     settings = small("gm-qwen", out=str(tmp_path), dropout=0.0, window_substeps=2)
     run, prompts, pipe = distill.prepare(settings, PLACE)
     losses = distill.backward(run, prompts, pipe)
@@ -252,8 +254,8 @@ def test_gradients_are_summed_over_segments_weighted_by_size(tmp_path):
 
     rows = prompts.micro_batches(2, 2, 0, 0)[0]
     generator = distill.draw_generator(settings, 0, 0)
-    torch.randint(1, (), generator=generator)  # of the sizes there is one
-    x = torch.randn(2, 4, 14, 14, generator=generator)
+    size = sizes[int(torch.randint(len(sizes), (), generator=generator))]
+    x = torch.randn(2, *dm.latent_shape(pipe, *size), generator=generator)
     student = make_student(run.roles, prompts.conditions(rows))
     teacher = make_teacher(run.roles, prompts.conditions(rows), prompts.negative)
     total, expected_losses = 0.0, []

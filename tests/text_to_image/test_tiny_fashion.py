@@ -29,7 +29,7 @@ NAMES = ("t-shirt", "trousers", "pullover", "dress", "coat",
 
 
 def test_a_word_has_one_vector():
-    """Wherever it stands, in upper or lower case; 0.01 is far below the distance of two words."""
+    """Wherever it stands, in upper or lower case; another word has another."""
     dark, coat, end = word_vectors("Dark coat")
     torch.testing.assert_close(word_vectors("a coat, dark.")[[2, 1]], torch.stack([dark, coat]))
     assert torch.equal(word_vectors("  "), end[None])
