@@ -135,9 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__, argv)
     device = pick_device(settings.device)
     keep_freed_memory()
-    few, euler = {"total_substeps": 4, "solver": "deis"}, {"total_substeps": 128}
+    few = {"total_substeps": 6, "solver": "deis", "num_intermediates": 1}
+    euler = {"total_substeps": 128}
     cases = {
-        "tiny, K = 16, deis, 4 substeps": make(0, 16, 32, few, device),
+        "tiny, K = 16, deis, 6 substeps": make(0, 16, 32, few, device),
         "tiny, K = 16, euler, 128": make(0, 16, 32, euler, device),
         "2 layers of XL/2, K = 32, euler, 128": make(2, 32, settings.batch, euler, device),
     }

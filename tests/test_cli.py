@@ -38,9 +38,7 @@ def test_flags_become_fields():
     argv = "net --iterations 3 --lr 1e-3 --policy dx --interval 0.2 0.7 --classes 1 2 --steps 4"
     argv += " --fast --class jay --out a/b"
     found = parse(Settings, "About.", argv.split())
-    assert found == Settings(
-        "net", 3, 1e-3, "dx", (0.2, 0.7), (1, 2), 4, True, "jay", Path("a/b")
-    )
+    assert found == Settings("net", 3, 1e-3, "dx", (0.2, 0.7), (1, 2), 4, True, "jay", Path("a/b"))
     assert parse(Settings, "About.", ["net"]) == Settings("net")
     assert parse(Settings, "About.", ["net", "--no-fast"]).fast is False
 
