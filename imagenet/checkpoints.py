@@ -53,14 +53,12 @@ def init_student_from_teacher(
     components: int,
     logstd_hidden: int = 1024,
     generator: torch.Generator | None = None,
-    drift: bool = False,
 ) -> DiT:
     """A student that starts as its teacher: same backbone, the output head repeated for each map.
 
     gmflow: every component's mean is the teacher's velocity plus its own constant per channel,
     drawn from N(0, 0.05^2). Without that noise all components would get the same gradient and stay
-    one for ever. The weights start equal, the standard deviation at 0.05, a drift (see
-    imagenet/drifting.py) at zero. dx: N copies, no noise.
+    one for ever. The weights start equal, the standard deviation at 0.05. dx: N copies, no noise.
 
     Args: head "gmflow" or "dx"; components: K or N; generator: on the CPU.
     Raises: ValueError if the teacher has another head than velocity, or the student's is unknown.
@@ -71,7 +69,7 @@ def init_student_from_teacher(
             f"{teacher.config.head!r}"
         )
     config = dataclasses.replace(
-        teacher.config, head=head, components=components, logstd_hidden=logstd_hidden, drift=drift
+        teacher.config, head=head, components=components, logstd_hidden=logstd_hidden
     )
     weight = teacher.final_layer.linear.weight
     student = DiT(config).to(weight.device, weight.dtype)
@@ -103,12 +101,9 @@ def save_dit(
     """Writes the weights as `dtype` in safetensors; the config goes as JSON into the file's header.
 
     `published`: under the names of the public pi-Flow ImageNet students and teachers.
-    Raises: ValueError for a published file of a network with drift, which that layout lacks.
     """
     from safetensors.torch import save_file
 
-    if published and net.config.drift:
-        raise ValueError("the network has a drift, which the published layout does not know")
     state = to_published(net.state_dict()) if published else net.state_dict()
     state = {key: value.detach().to(dtype).cpu().contiguous() for key, value in state.items()}
     with atomic(path) as temporary:
@@ -300,7 +295,6 @@ PUBLISHED_NAMES = {
 }
 PUBLISHED_QKV = tuple(f"transformer_blocks.*.attn1.to_{part}" for part in "qkv")
 OUR_QKV = "blocks.*.attn.qkv"
-OUR_DRIFT = "final_layer.drift"  # of imagenet/drifting.py, ours alone
 NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of DiT-S, B, L, XL, by width
 PUBLISHED_NORM2_EPS = 1e-5  # the networks there are built on diffusers' transformer block
 MEANS = ("final_layer.linear.", "final_layer.means.")  # the rows that predict velocities
@@ -366,7 +360,7 @@ def to_ours(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, list[str
     if published:
         state, facts["norm2_eps"] = from_published(state), PUBLISHED_NORM2_EPS
     state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
-    known = {*PUBLISHED_NAMES, OUR_QKV, OUR_DRIFT}
+    known = {*PUBLISHED_NAMES, OUR_QKV}
     hidden, _, patch, _ = state["x_embedder.proj.weight"].shape
     for key in [key for key in state if pattern_of(key)[0] not in known]:
         value = state[key]
@@ -432,7 +426,6 @@ def infer_config(
             raise ValueError(f"final_layer.means has {rows} rows, which is no multiple of {unit}")
         shapes |= {"head": "gmflow", "components": rows // unit}
         shapes["logstd_hidden"] = len(state["final_layer.logstds.1.weight"])
-        shapes["drift"] = f"{OUR_DRIFT}.weight" in state
     else:
         state, maps = cut_head(state, patch**2, channels, known, facts, notes)
         many = maps > 1 or known.get("head") == "dx"  # N = 1 looks like a velocity

@@ -77,9 +77,6 @@ class Settings:
 
     policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx"))
     components: int = setting(32, "K of a gmflow policy, N of a dx policy", low=1)
-    drift: bool = setting(
-        False, "log weights that drift along the trajectory (gmflow), see imagenet/drifting.py"
-    )
     nfe: int = setting(1, "segments, one network evaluation each", low=1)
     latents: str = setting("", "folder of imagenet.cache_latents, for nfe > 1; empty: data-free")
 
@@ -184,7 +181,6 @@ PRESETS = {
     "tiny": TINY,
     "tiny-2nfe": replace(TINY_FULL, nfe=2, iterations=4000),  # two segments cost twice as much
     "tiny-dx": TINY_DX,
-    "tiny-drift": replace(TINY, drift=True),  # an extension, not the paper's
     "gm-fm-1nfe": Settings(teacher="fm", guidance=2.7, guidance_interval=(0.0, 0.6)),
     "gm-repa-1nfe": Settings(),
     "gm-repa-2nfe": Settings(nfe=2, guidance=2.8, iterations=24_000),
@@ -208,8 +204,6 @@ def read_settings(
         raise ValueError("--solver is 'exact'; a gmflow policy takes euler or deis")
     if config.dropout and config.policy == "dx":
         raise ValueError(f"--dropout is {config.dropout}; a dx policy has none, it must be 0")
-    if config.drift and config.policy == "dx":
-        raise ValueError("--drift is of gmflow policies; a dx policy has no weights")
     if not config.out.strip("/ "):
         raise ValueError(f"--out is {config.out!r}; it must name a folder")
     if config.eval_every and config.reference:
@@ -336,7 +330,7 @@ class Run:
         self.config, self.device, self.started = config, device, time.monotonic()
         self.iteration, self.skipped, self.bad, self.seconds = 0, 0, 0, 0.0
         self.student = init_student_from_teacher(
-            teacher, config.policy, config.components, generator=generator, drift=config.drift
+            teacher, config.policy, config.components, generator=generator
         ).to(device)
         self.student.config = replace(self.student.config, **config.sampling)
         self.student.requires_grad_(True).train()

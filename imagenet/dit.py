@@ -7,7 +7,6 @@ positions, a null class for guidance) with one of three output heads:
     velocity    u (B, C, H, W)                                                     teacher
     gmflow      GaussianMixture: means (B, K, C, H, W), logstds (B, 1, 1, 1, 1),
                 logweights (B, K, 1, H, W)                                         student
-                with config.drift: a DriftingMixture (imagenet/drifting.py)        student
     dx          velocities (B, N, C, H, W)                                         student
 
 Time runs from t = 1 (noise) to t = 0 (data); u = eps - x_0. Files are read and written in
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.teachers import guided_velocity
-from imagenet.drifting import DRIFTS, DriftingMixture, DriftingPolicy
-from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, Policy, Time
+from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, Time
 
 HEADS = ("velocity", "gmflow", "dx")
 FREQUENCIES = 256  # width of the sinusoidal embedding of t
@@ -60,7 +58,6 @@ class DiTConfig:
     head: str = "velocity"
     components: int = 1  # K of the gmflow head, N of the dx head
     logstd_hidden: int = 1024  # gmflow only
-    drift: bool = False  # gmflow only: weights that drift along the trajectory
     solver: str = ""  # of the rollouts that a student was trained with; empty: not stated
     total_substeps: int = 0  # of these rollouts; 0: not stated
     decoder: str = VAE  # latents -> images: a VAE (Hub name or folder), or PIXELS
@@ -159,24 +156,19 @@ class FinalLayer(nn.Module):
                 nn.SiLU(),
                 nn.Linear(config.logstd_hidden, 1),
             )
-            if config.drift:
-                self.drift = nn.Linear(hidden, pixels * config.components * DRIFTS)
         else:
             self.linear = nn.Linear(hidden, pixels * config.components * config.channels)
 
-    def forward(self, h: Tensor, condition: Tensor) -> Tensor | GaussianMixture | DriftingMixture:
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor | GaussianMixture:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
         h = modulate(self.norm_final(h), shift, scale)
         if self.config.head == "gmflow":
             logweights = self.unpatchify(self.logweights(h), channels=1)
-            mixture = GaussianMixture(
+            return GaussianMixture(
                 means=self.unpatchify(self.means(h), self.config.channels),
                 logstds=self.logstds(condition.detach())[:, :, None, None, None],
                 logweights=logweights.float().log_softmax(dim=1),
             )
-            if self.config.drift:
-                return DriftingMixture(mixture, self.unpatchify(self.drift(h), DRIFTS))
-            return mixture
         velocities = self.unpatchify(self.linear(h), self.config.channels)
         return velocities[:, 0] if self.config.head == "velocity" else velocities
 
@@ -224,7 +216,6 @@ class DiT(nn.Module):
         zeros = [block.adaLN_modulation[1] for block in self.blocks] + [final.adaLN_modulation[1]]
         if self.config.head == "gmflow":
             zeros += [final.means, final.logweights, final.logstds[3]]
-            zeros += [final.drift] if self.config.drift else []
         else:
             zeros += [final.linear]
         for layer in zeros:
@@ -233,9 +224,7 @@ class DiT(nn.Module):
         if self.config.head == "gmflow":
             nn.init.constant_(final.logstds[3].bias, math.log(INITIAL_STD))
 
-    def forward(
-        self, x: Tensor, t: Time, labels: Tensor
-    ) -> Tensor | GaussianMixture | DriftingMixture:
+    def forward(self, x: Tensor, t: Time, labels: Tensor) -> Tensor | GaussianMixture:
         """-> the head's output.
 
         Args: x: (B, C, H, H); t: in [0, 1], a number, () or (B,); labels: integers in
@@ -272,8 +261,6 @@ def check_config(config: DiTConfig) -> None:
         raise ValueError(f"head is {config.head!r}; choose one of {', '.join(HEADS)}")
     if config.head == "velocity" and config.components != 1:
         raise ValueError(f"components is {config.components}; the velocity head has exactly 1")
-    if config.drift and config.head != "gmflow":
-        raise ValueError(f"drift is True and head {config.head!r}; only a gmflow head has one")
     if config.components < 1:
         raise ValueError(f"components is {config.components}; it must be at least 1")
     if config.latent_size < 1 or config.latent_size % config.patch:
@@ -335,16 +322,14 @@ def guided_teacher(
 
 def dit_student(
     net: DiT, labels: Tensor, segment_size: float | Tensor = 1.0, shift: float = 1.0
-) -> Callable[[Tensor, Tensor], Policy]:
+) -> Callable[[Tensor, Tensor], GMFlowPolicy | DXPolicy]:
     """A student (x_src, t_src) -> policy from a network with a gmflow or dx head; labels (B,).
 
     segment_size and shift are the dx policy's, as it was trained; gmflow has no such thing.
     """
 
-    def student(x_src: Tensor, t_src: Tensor) -> Policy:
+    def student(x_src: Tensor, t_src: Tensor) -> GMFlowPolicy | DXPolicy:
         output = net(x_src, t_src, labels)
-        if isinstance(output, DriftingMixture):
-            return DriftingPolicy(GMFlowPolicy(output.mixture, x_src, t_src), output.drift)
         if isinstance(output, GaussianMixture):
             return GMFlowPolicy(output, x_src, t_src)
         return DXPolicy(output, x_src, t_src, segment_size=segment_size, shift=shift)
