@@ -1,6 +1,6 @@
-"""Recipes for a 1-NFE student of the tiny teacher, side by side at a small budget.
+"""Recipes for students of the tiny teacher, side by side at a small budget.
 
-    python -m benchmarks.recipes                                 # 4 core-minutes a row
+    python -m benchmarks.recipes                                 # 3 core-minutes a row
     python -m benchmarks.recipes --recipes tiny k8 --seeds 0 1 2 --iterations 1000
 
 A recipe is what it changes in the preset `tiny` of imagenet.distill: add a row to RECIPES and

@@ -179,7 +179,9 @@ TINY_DX = replace(
 DX = Settings(policy="dx", dropout=0.0, iterations=40_000)
 PRESETS = {
     "tiny": TINY,
-    "tiny-2nfe": replace(TINY_FULL, nfe=2, iterations=4000),  # two segments cost twice as much
+    "tiny-2nfe": replace(
+        TINY, nfe=2, total_substeps=8, sample_substeps=4, min_query_time=0.0625, iterations=2500
+    ),
     "tiny-dx": TINY_DX,
     "gm-fm-1nfe": Settings(teacher="fm", guidance=2.7, guidance_interval=(0.0, 0.6)),
     "gm-repa-1nfe": Settings(),
