@@ -14,7 +14,7 @@ def test_smoke_on_a_cpu(capsys, monkeypatch):
     smoke.main(["--device", "cpu", "--preset", "gm-repa-2nfe"])
     text = capsys.readouterr().out
     assert text.startswith("No GPU: this is the tiny network on cpu, not XL/2.")
-    assert "tiny network, gmflow 8, nfe 2, micro-batch 32" in text
+    assert "tiny network, gmflow 16, nfe 2, micro-batch 32" in text
     times = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
     for phase in (*smoke.PHASES, *smoke.ONCE):
         assert float(times[phase][0]) >= 0
