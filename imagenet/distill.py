@@ -169,13 +169,10 @@ TINY = Settings(
     lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0, bf16=False,
     tf32=False, checkpointing=False, save_every=500, picture_every=1000,
 )  # fmt: skip
-TINY_FULL = replace(  # queries down to t = 0
-    TINY, components=8, query_times="uniform", min_query_time=0.0, total_substeps=16,
-    sample_substeps=0, time_weight=1.0, iterations=8000,
+TINY_DX = replace(  # queries down to t = 0
+    TINY, policy="dx", dropout=0.0, components=10, query_times="uniform", min_query_time=0.0,
+    total_substeps=16, sample_substeps=0, solver="exact", time_weight=2.0, iterations=8000,
 )  # fmt: skip
-TINY_DX = replace(
-    TINY_FULL, policy="dx", dropout=0.0, components=10, solver="exact", time_weight=2.0
-)
 DX = Settings(policy="dx", dropout=0.0, iterations=40_000)
 PRESETS = {
     "tiny": TINY,
