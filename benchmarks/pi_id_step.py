@@ -1,6 +1,6 @@
 """Where the time of one pi-ID training step goes: teacher, student, rollout, policy gradient.
 
-    python -m benchmarks.pi_id_step                 # two minutes on two CPU cores
+    python -m benchmarks.pi_id_step                 # a minute and a half of one CPU core
     python -m benchmarks.pi_id_step --device cuda --batch 32
 
 Two networks with random weights: the tiny DiT of assets/ with the settings of the preset `tiny`,
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.timing import clock, peak_memory, print_table
 from common.cli import DEVICE_HELP, keep_freed_memory, parse, pick_device, run_cli, setting
+from imagenet import distill
 from imagenet.checkpoints import init_student_from_teacher
 from imagenet.dit import PRESETS, DiT, dit_student, guided_teacher
 from piflow_minimal import Policy, pi_id_loss
@@ -135,11 +136,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(Settings, __doc__, argv)
     device = pick_device(settings.device)
     keep_freed_memory()
-    few = {"total_substeps": 6, "solver": "deis", "num_intermediates": 1}
-    euler = {"total_substeps": 128}
+    tiny, euler = distill.PRESETS["tiny"], {"total_substeps": 128}
+    own = {name: getattr(tiny, name) for name in ("total_substeps", "solver", "num_intermediates")}
+    k, batch = tiny.components, tiny.batch
     cases = {
-        "tiny, K = 16, deis, 6 substeps": make(0, 16, 32, few, device),
-        "tiny, K = 16, euler, 128": make(0, 16, 32, euler, device),
+        f"tiny, K = {k}, {tiny.solver}, {tiny.total_substeps}": make(0, k, batch, own, device),
+        f"tiny, K = {k}, euler, 128": make(0, k, batch, euler, device),
         "2 layers of XL/2, K = 32, euler, 128": make(2, 32, settings.batch, euler, device),
     }
     rows = []

@@ -40,6 +40,8 @@ RECIPES = {
     "12-substeps": {"total_substeps": 12, "min_query_time": 0.024},
     "no-dropout": {"dropout": 0.0},
     "two-queries": {"num_intermediates": 2, "batch": 16},
+    "dx": {"policy": "dx", "dropout": 0.0, "components": 10, "time_weight": 2.0},
+    "2nfe": {"nfe": 2, "total_substeps": 8, "sample_substeps": 4, "min_query_time": 0.0625},
 }  # fmt: skip
 TEACHER_STEPS = 64  # Euler
 SETS = {"A": 0, "B": 10_000}  # seed of the first noise

@@ -176,7 +176,7 @@ TINY_DX = replace(  # queries down to t = 0
 DX = Settings(policy="dx", dropout=0.0, iterations=40_000)
 PRESETS = {
     "tiny": TINY,
-    "tiny-2nfe": replace(
+    "tiny-2nfe": replace(  # an iteration costs twice as much
         TINY, nfe=2, total_substeps=8, sample_substeps=4, min_query_time=0.0625, iterations=2500
     ),
     "tiny-dx": TINY_DX,
