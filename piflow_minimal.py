@@ -245,10 +245,11 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
     arrival = n.cumsum(0)
     at_most = max(1, math.ceil((longest or 0) * S - 1e-4)) + len(n) - 1
     steps = int(arrival[-1].max()) if longest is None or x.device.type == "cpu" else at_most
-    i = torch.arange(steps + 1, device=x.device)[:, None, None]
-    z = (z[0] - (gap * ((i - arrival + n) / n).clamp(0, 1)).sum(1)).clamp(min=0)
+    step = torch.arange(steps + 1, device=x.device)[:, None, None]
+    z = (z[0] - (gap * ((step - arrival + n) / n).clamp(0, 1)).sum(1)).clamp(min=0)
     t = z**1.5 if solver == "deis" else shift_time(z, shift)  #                   (steps + 1, B)
-    dt, there, x0, states = t.diff(dim=0), t[1:].clamp(min=EPS), x, [x] * len(way)
+    dt, there, x0, states = t.diff(dim=0), t[1:].clamp(min=EPS), x, x.expand(len(way), *x.shape)
+    reached = (arrival[:-1] == step[1:]).view(steps, *states.shape[:2], *[1] * (x.ndim - 1))
     bend = there * (t[:-1].clamp(min=EPS) / there).log() + dt
     bend[1:] /= dt[:-1].clamp(max=-1e-4)  #  a tiny substep gives no slope
     if callback:
@@ -262,11 +263,10 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
             if solver == "deis":  #  exact for x0_hat of slope b in t, which adds
                 x0 = x0_from_velocity(x_i, t[i], u)  #  b (t' log(t/t') + t' - t) at t' = t + dt
                 x = torch.addcmul(x, _expand(bend[i], x), x0 - x0_before) if i else x
-        for p in range(len(states)):
-            states[p] = torch.where(_expand(arrival[p] == i + 1, x), x, states[p])
+        states = torch.where(reached[i], x, states)  #                            (P, B, C, *)
         if callback:
             callback(i + 1, unshift_time(t[i + 1], shift), x)
-    return x if through is None else (x, states)
+    return x if through is None else (x, [*states])
 
 # ==== pi-ID: imitation distillation ===============================================================
 class PiIDLoss(NamedTuple):
