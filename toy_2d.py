@@ -247,7 +247,7 @@ class Settings:
     nfe: int = setting(1, "network evaluations, one segment of time each", low=1)
     data_free: bool = setting(False, "training from noise through all segments (Algorithm 3)")
     iterations: int = setting(2000, "optimizer steps", low=1)
-    batch: int = setting(128, "points per iteration", low=1)
+    batch: int = setting(128, "points per iteration and segment", low=1)
     lr: float = setting(3e-3, "peak learning rate of Adam", above=0)
     num_intermediates: int = setting(2, "queries per point and segment", low=1)
     total_substeps: int = setting(0, "substeps from t = 1 to 0; 0: 10 for each segment", low=0)
@@ -284,16 +284,18 @@ def train(density, settings: Settings, callback: Callable | None = None) -> Stud
     grid = 1.5 if solver == "deis" else 1.0  #  its substeps are uniform in t^(1/grid)
     options = {"num_intermediates": s.num_intermediates, "total_substeps": substeps}
     options |= {"solver": solver, "batch_teacher": True, "generator": generator}
+    from_noise = s.data_free or s.nfe == 1
+    batch = s.batch if from_noise else s.batch * s.nfe  #  a point visits all segments, or one
 
     for i in range(s.iterations):
         # Queries where the solver evaluates a policy: on its grid, not within the last substep.
-        left = 1 - (1 - last_substep) * stratified((s.batch, s.num_intermediates), generator)
+        left = 1 - (1 - last_substep) * stratified((batch, s.num_intermediates), generator)
         options["uniforms"] = 1 - left**grid, left[:, 1:]
-        if s.data_free or s.nfe == 1:
-            noise = torch.randn(s.batch, 2, generator=generator).to(s.device)
+        if from_noise:
+            noise = torch.randn(batch, 2, generator=generator).to(s.device)
             segments = pi_id_data_free(student, teacher, noise, s.nfe, **options)
         else:
-            x_0 = density.sample(s.batch, generator)
+            x_0 = density.sample(batch, generator)
             segments = [(1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **options))]
 
         adam.zero_grad()

@@ -176,6 +176,16 @@ def test_queries_stay_where_the_solver_evaluates_a_policy(policy, solver, lowest
     assert lowest - 1e-6 <= times.min() < lowest + 0.01 and 0.99 < times.max() <= 1
 
 
+@pytest.mark.parametrize("data_free", [False, True])
+def test_every_segment_gets_a_batch(data_free):
+    """With data a point is in one of two segments; from noise in both, and `out` is the last."""
+    options = {"nfe": 2, "iterations": 1, "batch": 200, "num_intermediates": 1, "device": "cpu"}
+    settings, times = Settings(data_free=data_free, **options), []
+    toy_2d.train(toy_2d.make_density("ring"), settings, lambda i, out: times.extend(out.t))
+    assert len(times) == (200 if data_free else 400)
+    assert 160 <= sum(t <= 0.5 for t in times) <= 240
+
+
 @pytest.mark.parametrize("policy", ["gmflow", "dx"])
 def test_student_starts_with_components_that_differ_where_they_must(policy):
     torch.manual_seed(0)
