@@ -285,10 +285,11 @@ def train(density, settings: Settings, callback: Callable | None = None) -> Stud
     options = {"num_intermediates": s.num_intermediates, "total_substeps": substeps}
     options |= {"solver": solver, "batch_teacher": True, "generator": generator}
     from_noise = s.data_free or s.nfe == 1
-    batch = s.batch if from_noise else s.batch * s.nfe  #  a point visits all segments, or one
+    batch = s.batch if from_noise else s.batch * s.nfe  #  where a point is in one segment only
 
     for i in range(s.iterations):
-        # Queries where the solver evaluates a policy: on its grid, not within the last substep.
+        # Queries where the solver evaluates a policy: not within the last substep, and uniform in
+        # the coordinate in which its substeps are.
         left = 1 - (1 - last_substep) * stratified((batch, s.num_intermediates), generator)
         options["uniforms"] = 1 - left**grid, left[:, 1:]
         if from_noise:

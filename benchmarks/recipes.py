@@ -6,7 +6,7 @@
 A recipe is what it changes in the preset `tiny` of imagenet.distill: add a row to RECIPES and
 compare. Frechet distances are multiples of the teacher's (64 Euler steps) on the same noises: set A
 has the seeds from 0, set B those from 10000. Choose on B, report A. The endpoint RMSE is over the
-first 200 noises of A. Short runs rank the large effects only.
+first 200 noises of A. Short runs can rank wrongly: confirm with --iterations 5000.
 """
 
 import time

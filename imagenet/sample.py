@@ -1,7 +1,7 @@
 """Samples a DiT student or teacher, and measures it: FID, IS, precision, recall, endpoint RMSE.
 
     python -m imagenet.sample outputs/tiny                # a run of imagenet.distill
-    python -m imagenet.sample outputs/tiny --iteration 4000        # a checkpoint that the run kept
+    python -m imagenet.sample outputs/tiny --iteration 4500        # a checkpoint that the run kept
     python -m imagenet.sample tiny --nfe 8                # the teacher, 8 Euler steps
     torchrun --nproc-per-node 8 -m imagenet.sample MODEL --count 50000 --labels published --npz \\
         --reference VIRTUAL_imagenet256_labeled.npz           # FID of 50,000 images
@@ -89,10 +89,10 @@ class Settings:
     teacher_steps: int = setting(64, "Euler steps of that teacher", low=1, high=10_000)
 
     total_substeps: int = setting(
-        0, "substeps per unit of tau; 0: as trained, or 128", low=0, high=10_000
+        0, "substeps per unit of tau; 0: as run or file state, or 128", low=0, high=10_000
     )
     solver: str | None = setting(
-        None, "solver of the policy rollout; default: as trained, else exact for dx, euler",
+        None, "solver of the rollout; default: as run or file state, else exact for dx, euler",
         choices=("euler", "deis", "exact"),
     )  # fmt: skip
     h: float = setting(0.0, "noise between a student's steps; inf: full", low=0, high=math.inf)
@@ -158,7 +158,7 @@ def run_settings(model: str) -> dict:
 def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Settings:
     """Fills in what the command line leaves open, from the model and the run it comes from.
 
-    A policy is rolled out as it was in training. Where the file does not state that, it gets the
+    A policy is rolled out as the run, or else the file, states. Where neither does, it gets the
     published protocol, Euler with 128 substeps, or for dx its closed form.
 
     Raises: ValueError for a setting that does not go with the model.
