@@ -97,7 +97,7 @@ class Settings:
     )  # fmt: skip
     h: float = setting(0.0, "noise between a student's steps; inf: full", low=0, high=math.inf)
     temperature: float = setting(1.0, "of a gmflow student, in all steps but the last", above=0)
-    trained_nfe: int = setting(0, "segments of a dx student whose folder does not state it", low=0)
+    trained_nfe: int = setting(0, "segments of a dx student; 0: as run or file state, or 1", low=0)
     num_heads: int = setting(0, "fallback if the file does not state it; 0: by width", low=0)
     time_scale: float = setting(0.0, "fallback if the file does not state it; 0: 1", low=0)
     head: str | None = setting(
@@ -170,7 +170,7 @@ def resolve_settings(settings: Settings, net: DiT, device: torch.device) -> Sett
     source = TEACHERS.get(settings.model if is_teacher else teacher, Source(""))
     guidance = run.get("guidance", source.guidance)
     interval = tuple(run.get("guidance_interval", source.guidance_interval))
-    trained = settings.trained_nfe or run.get("nfe", 1)
+    trained = settings.trained_nfe or run.get("nfe") or net.config.nfe or 1
     pairs = settings.pairs if settings.pairs >= 0 else 200 if tiny else 0
     if pairs and not teacher:
         raise ValueError(f"--pairs is {pairs}; it needs --teacher")

@@ -884,11 +884,13 @@ def test_the_tiny_preset_runs(tmp_path):
 
 
 def test_the_students_file_states_how_it_is_sampled(teacher_file, tmp_path):
-    for name, substeps in (("as trained", 0), ("with fewer", 3)):
-        argv = flags(teacher_file, tmp_path / name, iterations=1, sample_substeps=substeps)
+    for name, substeps, nfe in (("as trained", 0, 1), ("with fewer", 3, 2)):
+        options = {"sample_substeps": substeps, "nfe": nfe}
+        argv = flags(teacher_file, tmp_path / name, iterations=1, **options)
         distill.main(argv)
         net = load_dit(tmp_path / name / "student.safetensors")
         assert (net.config.solver, net.config.total_substeps) == ("deis", substeps or 4)
+        assert net.config.nfe == nfe
 
 
 def test_the_shipped_student_follows_the_shipped_teacher():

@@ -246,9 +246,12 @@ def test_settings_come_from_the_run(files):
     assert (settings.solver, settings.total_substeps) == ("deis", 8)
     settings = resolved(files["student"], small_net("gmflow", 3))  # a file: as published
     assert (settings.solver, settings.total_substeps) == ("euler", 128)
-    net = DiT(dataclasses.replace(small_net("gmflow", 4).config, solver="deis", total_substeps=4))
+    assert (settings.nfe, settings.trained_nfe) == (1, 1)
+    stated = {"solver": "deis", "total_substeps": 4, "nfe": 3}
+    net = DiT(dataclasses.replace(small_net("gmflow", 4).config, **stated))
     settings = resolved(files["student"], net, "--pairs", "0")  # a file that states its rollout
     assert (settings.solver, settings.total_substeps) == ("deis", 4)
+    assert (settings.nfe, settings.trained_nfe) == (3, 3)
 
 
 def test_a_run_says_how_its_student_is_sampled(files, tmp_path):
