@@ -1,6 +1,6 @@
 """Recipes for students of the tiny teacher, side by side at a small budget.
 
-    python -m benchmarks.recipes                                 # 2 to 4 core-minutes a row
+    python -m benchmarks.recipes                                 # a few core-minutes a row
     python -m benchmarks.recipes --recipes tiny k8 --seeds 0 1 2 --iterations 1000
 
 A recipe is what it changes in the preset `tiny` of imagenet.distill: add a row to RECIPES and
@@ -66,7 +66,7 @@ def noises(first: int, n: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def teacher_ends(first: int, n: int, folder: Path) -> Tensor:
-    """The teacher's x_0 for n noises, kept in the folder: 2 to 5 core-minutes for 1,000."""
+    """The teacher's x_0 for n noises, kept in the folder: core-minutes for 1,000."""
     path = folder / f"teacher_{first}_{n}.pt"
     if path.is_file():
         return torch.load(path, weights_only=True)

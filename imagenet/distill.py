@@ -331,8 +331,7 @@ class Run:
         self.student = init_student_from_teacher(
             teacher, config.policy, config.components, generator=generator
         ).to(device)
-        stated = config.sampling | {"nfe": config.nfe}
-        self.student.config = replace(self.student.config, **stated)
+        self.student.config = replace(self.student.config, nfe=config.nfe, **config.sampling)
         self.student.requires_grad_(True).train()
         self.student.checkpointing = config.checkpointing
         self.compile = device.type == "cuda" if config.compile is None else config.compile

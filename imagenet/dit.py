@@ -58,7 +58,7 @@ class DiTConfig:
     head: str = "velocity"
     components: int = 1  # K of the gmflow head, N of the dx head
     logstd_hidden: int = 1024  # gmflow only
-    solver: str = ""  # of the rollouts that a student was trained with; empty: not stated
+    solver: str = ""  # of the rollouts with which a student is sampled; empty: not stated
     total_substeps: int = 0  # of these rollouts; 0: not stated
     nfe: int = 0  # evaluations that a student was trained for; 0: not stated
     decoder: str = VAE  # latents -> images: a VAE (Hub name or folder), or PIXELS

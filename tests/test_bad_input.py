@@ -155,7 +155,7 @@ def test_one_line_status_one_nothing_written(row, folder, monkeypatch):
 def test_as_a_process(module, folder):
     """The same from the shell: exit status and one line."""
     command = [sys.executable, "-m", module, *SCRIPTS[module], "--seed", "many"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert run.returncode == 1 and not run.stdout
     assert len(run.stderr.strip().splitlines()) == 1 and "--seed" in run.stderr
@@ -185,7 +185,7 @@ def test_a_disk_that_is_full(module, argv, kept, tmp_path):
     out.mkdir()
     (out / kept).write_bytes(b"what was there")
     command = [sys.executable, "-c", FULL.format(module=module), *argv, "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True,
                          env=environment | {"PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1].startswith("error: ")

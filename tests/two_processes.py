@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def run_two(module: str, argv: list[str]) -> None:
@@ -18,7 +18,7 @@ def run_two(module: str, argv: list[str]) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     command = [sys.executable, "-m", module, *argv]
     started = [
-        subprocess.Popen(command, env=ONE_THREAD | place | {"RANK": rank, "LOCAL_RANK": rank})
+        subprocess.Popen(command, env=ENVIRONMENT | place | {"RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")
     ]
     try:

@@ -16,7 +16,7 @@ import torch
 from fake_cuda import backward as fake_backward
 from fake_cuda import needs_fake_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
-from two_processes import ONE_THREAD, run_two
+from two_processes import ENVIRONMENT, run_two
 
 import imagenet.distributed as runs
 import imagenet.draws as draws_module
@@ -494,7 +494,7 @@ def test_killed_at_any_moment(tmp_path, teacher_file):
         options = {"iterations": 90, "log_every": 2, "picture_every": 14}
         command = [sys.executable, "-m", "imagenet.distill"]
         command += flags(teacher_file, out, teacher_steps=2, lr_decay="cosine", **options)
-        return subprocess.Popen(command, env=ONE_THREAD)
+        return subprocess.Popen(command, env=ENVIRONMENT)
 
     def checkpoints(out) -> list[str]:
         return runs.list_files(out / "checkpoints", "step_")
@@ -531,7 +531,7 @@ def test_signal_to_torchrun(tmp_path, teacher_file, number):
     command += ["-m", "imagenet.distill"]
     command += flags(teacher_file, out, save_every=1_000_000, **options)
     process = subprocess.Popen(
-        command, env=ONE_THREAD, stdout=subprocess.PIPE, text=True,
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `nohup` ignores it
     )  # fmt: skip
     try:
