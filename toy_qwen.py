@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from common.cli import atomic, parse, pick_device, run_cli, setting
 from common.static_policy import (
     Monitor,

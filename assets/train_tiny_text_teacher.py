@@ -26,7 +26,7 @@ from common.cli import atomic, parse, run_cli, setting
 from common.teachers import guided_velocity, integrate_teacher
 from imagenet import fashion
 from imagenet.metrics import frechet_distance, recognition_rate
-from text_to_image.pipelines import FAMILIES, Conditions, network_inputs, unpack
+from text_to_image.families import FAMILIES, Conditions, network_inputs, unpack
 from text_to_image.tiny_fashion import CONFIG, GUIDANCE, TEACHER, encode_words, word_vectors
 
 NAMES = (

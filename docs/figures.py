@@ -90,7 +90,7 @@ def arrows() -> None:
 @torch.no_grad()
 def words() -> None:
     """The shipped adapters of the small text-to-image model above the model itself, same noises."""
-    import text_to_image.pipelines as dm
+    import text_to_image.families as dm
     from text_to_image.generate import SHIFT, load
     from text_to_image.tiny_fashion import GUIDANCE, fashion_pipeline
 

@@ -18,7 +18,7 @@ pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 
 import diffusers  # noqa: E402
 
-import text_to_image.pipelines as dm  # noqa: E402
+import text_to_image.families as dm  # noqa: E402
 from text_to_image.adapters import apply_adapter, policy_of, read_adapter  # noqa: E402
 from text_to_image.generate import FewStep, load  # noqa: E402
 

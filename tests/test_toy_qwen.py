@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="needs requirements-extra.txt (transf
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-import text_to_image.pipelines as dm  # noqa: E402
+import text_to_image.families as dm  # noqa: E402
 import toy_qwen  # noqa: E402
 from common.cli import parse  # noqa: E402
 from text_to_image.tiny_models import tiny_pipeline  # noqa: E402

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
-from text_to_image.pipelines import PATCH, naming, require_package, unpack
+from text_to_image.families import PATCH, naming, require_package, unpack
 
 LORA_NAME = "piflow"
 REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter

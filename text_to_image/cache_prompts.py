@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from common.cli import atomic, parse, run_cli, setting
 from imagenet.distributed import Place, processes, remove_leftovers
 
@@ -125,7 +125,7 @@ def encode(pipe: Any, family: dm.Family, prompts: Sequence[str], length: int) ->
 
 @torch.no_grad()
 def encode_image(pipe: Any, family: dm.Family, path: str, size: int) -> Tensor:
-    """Image file -> latent (C, H, W) of its centre square, the inverse of `pipelines.decode`."""
+    """Image file -> latent (C, H, W) of its centre square, the inverse of `families.decode`."""
     from PIL import Image, ImageOps
 
     try:

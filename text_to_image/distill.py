@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 -m text_to_image.distill --prompts data/qwen --shard
     python -m text_to_image.generate --adapter outputs/t2i/adapter --prompt "a jay"
 
-One base, two roles (roles.py). The base transformer is loaded once and frozen. Student: base with
+One base, two roles (student.py). The base transformer is loaded once and frozen. Student: base with
 LoRA, its own output norm and policy head; these alone are trained. Teacher: the base without them.
 
 No images are needed (Algorithm 3): a sample starts from noise, its segments follow each other, and
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import imagenet.distributed as runs
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from common.cli import parse, run_cli, setting
 from imagenet.monitor import due
 from piflow_minimal import pi_id_data_dependent, pi_id_data_free, segment_of
@@ -43,7 +43,7 @@ from text_to_image import cache_prompts
 from text_to_image.adapters import PolicySpec
 from text_to_image.generate import FINAL_STEP_SIZE_SCALE, SHIFT
 from text_to_image.monitor import Monitor, check_memory
-from text_to_image.roles import TwoRoles, export_adapter, make_student, make_teacher, shard
+from text_to_image.student import TwoRoles, export_adapter, make_student, make_teacher, shard
 from text_to_image.tiny_fashion import GUIDANCE, SIDE
 
 SIZES = (  # around one megapixel

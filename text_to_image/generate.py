@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from common.cli import (
     DEVICE_HELP,
     atomic,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imagenet.distributed as runs
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from common.plots import image_rows
 from common.teachers import endpoint_rmse, integrate_teacher
 from imagenet.monitor import due
 from piflow_minimal import sample
 from text_to_image.generate import FINAL_STEP_SIZE_SCALE, SHIFT
-from text_to_image.roles import TwoRoles, make_student, make_teacher
+from text_to_image.student import TwoRoles, make_student, make_teacher
 
 if TYPE_CHECKING:
     from text_to_image.cache_prompts import PromptCache

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagenet.fashion import ASSETS
-from text_to_image.pipelines import import_diffusers
+from text_to_image.families import import_diffusers
 
 TEACHER = ASSETS / "tiny_text_teacher.safetensors"
 ADAPTERS = {"gm-qwen": ASSETS / "tiny_gm_adapter", "dx-qwen": ASSETS / "tiny_dx_adapter"}

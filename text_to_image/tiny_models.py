@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from text_to_image.adapters import Adapter, expected_shapes
-from text_to_image.pipelines import Family, import_diffusers
+from text_to_image.families import Family, import_diffusers
 from text_to_image.tiny_fashion import fashion_pipeline
 
 

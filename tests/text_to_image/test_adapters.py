@@ -19,7 +19,7 @@ from t2i_cases import (
     transformer,
 )
 
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from text_to_image.adapters import (
     apply_adapter,
     check_adapter,

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="needs requirements-extra.txt (diffusers
 pytest.importorskip("transformers", reason="needs requirements-extra.txt (transformers)")
 
 import text_to_image.cache_prompts as cache_prompts  # noqa: E402
-import text_to_image.pipelines as dm  # noqa: E402
+import text_to_image.families as dm  # noqa: E402
 from imagenet.distributed import Place  # noqa: E402
 from text_to_image.cache_prompts import PromptCache, Settings  # noqa: E402
 from text_to_image.tiny_models import tiny_pipeline  # noqa: E402

@@ -22,7 +22,7 @@ pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 from safetensors import safe_open  # noqa: E402
 
 import text_to_image.distill as distill  # noqa: E402
-import text_to_image.pipelines as dm  # noqa: E402
+import text_to_image.families as dm  # noqa: E402
 from common.cli import parse  # noqa: E402
 from common.teachers import guided_velocity  # noqa: E402
 from imagenet.distributed import Place  # noqa: E402
@@ -32,7 +32,7 @@ from text_to_image import cache_prompts  # noqa: E402
 from text_to_image.adapters import apply_adapter, policy_of, read_adapter  # noqa: E402
 from text_to_image.distill import PRESETS, Settings  # noqa: E402
 from text_to_image.monitor import memory_needed  # noqa: E402
-from text_to_image.roles import TwoRoles, export_adapter, make_student, make_teacher  # noqa: E402
+from text_to_image.student import TwoRoles, export_adapter, make_student, make_teacher  # noqa: E402
 from text_to_image.tiny_models import tiny_pipeline  # noqa: E402
 
 DATA = Path(__file__).parent.parent / "data" / "t2i"

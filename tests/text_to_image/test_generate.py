@@ -25,7 +25,7 @@ from t2i_cases import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from common.cli import run_cli
 from text_to_image.adapters import apply_adapter, policy_of, read_adapter
 from text_to_image.generate import MODELS, load, main

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import imagenet.distributed as runs
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from common.teachers import guided_velocity
 from text_to_image.adapters import LORA_NAME, GMHead
 

@@ -16,7 +16,7 @@ from t2i_cases import (
     transformer,
 )
 
-import text_to_image.pipelines as dm
+import text_to_image.families as dm
 from text_to_image.tiny_models import tiny_pipeline
 
 
