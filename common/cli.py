@@ -1,4 +1,4 @@
-"""What all scripts share and what is not pi-Flow: flags, error lines, devices, whole-file writes.
+"""What all scripts share and what is not pi-Flow: flags, error lines, devices, compilation.
 
 A script's settings are one frozen dataclass, a line of help beside each field:
 
@@ -16,11 +16,9 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import json
 import math
 import os
 import sys
-import tempfile
 import types
 import typing
 import warnings
@@ -30,9 +28,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from common.files import write_json, writing  # noqa: F401  (moved: remove)
+from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
+
+atomic = writing  # moved: remove
+
 T = TypeVar("T")
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps"
+MAX_SEED = 2**63 - 1  # what every random generator takes
 
 
 # ---- Settings and flags --------------------------------------------------------------------------
@@ -40,17 +44,19 @@ DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps"
 
 def setting(
     default: Any, help: str, *, low: float | None = None, high: float | None = None,
-    above: float | None = None, choices: Sequence | Mapping | None = None, flag: str = "",
-    metavar: Any = None, positional: bool = False,
+    above: float | None = None, choices: Sequence | Mapping | None = None, flag: str | None = None,
+    metavar: Any = None, positional: bool = False, ordered: bool = False, path: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text and what it accepts.
 
     Args: low, high: inclusive bounds of numbers, which must be finite unless high=math.inf; above:
         exclusive lower bound; choices: all accepted values; flag: name of the flag, if it is not
-        the field's; positional: no flag. default=dataclasses.MISSING: it must be given.
+        the field's; positional: no flag; ordered: values of a tuple must not fall; path: a str that
+        is a local or remote path, ~ is expanded. default=dataclasses.MISSING: it must be given.
     """
     about = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
     about |= {"flag": flag, "metavar": metavar, "positional": positional}
+    about |= {"ordered": ordered, "path": path}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -75,38 +81,30 @@ def parse(
 
     Flags are the fields' names with dashes. bool fields are --flag / --no-flag; tuple fields take
     several values. With `presets` the flag --`by` chooses the instance whose values are the
-    defaults. If `by` is itself a field of cls, a name outside `presets` is a value like any other
-    and the defaults are those of cls; else it is an error. The first preset is the default.
+    defaults; the first one if it is not given. `by` may be a field of cls: then other values than
+    the presets' names are values like any other.
     Raises: ValueError, one line: an unknown flag, a value of another type or out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    defaults = {f.name: f.default for f in fields.values()}
-    first_line = description.strip().split("\n")[0]
+    hints = typing.get_type_hints(cls)
+    defaults = {name: field.default for name, field in fields.items()}
     parser = _Parser(
-        description=first_line, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        description=description.strip().split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     if presets:
         first = _Parser(add_help=False, allow_abbrev=False)
-        standard = next(iter(presets)) if by not in fields else fields[by].default
-        add = {"default": standard, "help": "one of " + ", ".join(map(str, presets))}
-        if by in fields:
-            _add(first, fields[by], typing.get_type_hints(cls)[by], standard)
-        else:
-            first.add_argument(_flag(by), **add)
-        name = getattr(first.parse_known_args(argv)[0], by)
-        if name not in presets and by not in fields:
-            raise ValueError(f"{_flag(by)} is {name!r}; choose one of {', '.join(presets)}")
-        if name in presets:
-            chosen = presets[name]
-            defaults = {field: getattr(chosen, field) for field in fields}
+        first.add_argument(_flag(by), default=fields[by].default if by in fields else None)
+        chosen = getattr(first.parse_known_args(argv)[0], by) or next(iter(presets))
+        if chosen in presets:
+            defaults = {name: getattr(presets[chosen], name) for name in fields}
+        elif by not in fields:
+            raise ValueError(f"{_flag(by)} is {chosen!r}; choose one of {', '.join(presets)}")
         if by not in fields:
-            parser.add_argument(_flag(by), **add)
-        else:
-            defaults[by] = standard
-    hints = typing.get_type_hints(cls)
-    for field in fields.values():
-        _add(parser, field, hints[field.name], defaults[field.name])
+            known = "one of " + ", ".join(map(str, presets))
+            parser.add_argument(_flag(by), default=next(iter(presets)), help=known)
+    for name, field in fields.items():
+        _add(parser, field, hints[name], defaults[name])
     values = vars(parser.parse_args(argv))
     values = {name: values[name] for name in fields}
     for name, value in values.items():
@@ -124,11 +122,9 @@ def _flag(name: str) -> str:
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, default: Any):
     """Adds one field's flag."""
     about = field.metadata
-    options = {"help": about.get("help"), "default": default}
+    options = {"help": about.get("help"), "default": default, "metavar": about.get("metavar")}
     if about.get("choices"):
         options["help"] += f": {', '.join(map(str, about['choices']))}"
-    if about.get("metavar"):
-        options["metavar"] = about["metavar"]
     if isinstance(kind, types.UnionType):  # X | None
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is tuple:
@@ -136,14 +132,21 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
         options |= {"nargs": "*" if parts[-1] is Ellipsis else len(parts), "type": parts[0]}
     elif kind is bool:
         options["action"] = argparse.BooleanOptionalAction
+        options.pop("metavar")
+    elif about.get("path"):
+        options["type"] = os.path.expanduser
     else:
-        options["type"] = kind
+        options["type"] = _local_path if kind is Path else kind
     if about.get("positional"):
         options.pop("default") if default is dataclasses.MISSING else options.update(nargs="?")
         parser.add_argument(field.name, **options)
     else:
         flag = "--" + about["flag"] if about.get("flag") else _flag(field.name)
         parser.add_argument(flag, dest=field.name, **options)
+
+
+def _local_path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def check_settings(settings: Any) -> None:
@@ -158,21 +161,28 @@ def check_settings(settings: Any) -> None:
             if about["choices"] and value not in about["choices"]:
                 known = ", ".join(map(str, about["choices"]))
                 raise ValueError(f"{flag} is {value!r}; choose one of {known}")
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            low, high, above = about["low"], about["high"], about["above"]
-            fits = (low is None or value >= low) and (high is None or value <= high)
-            fits = fits and (above is None or value > above) and not math.isnan(value)
-            if not fits or (math.isinf(value) and high is None):
-                bounds = [f"at least {low:g}"] if low is not None else []
-                bounds += [f"above {above:g}"] if above is not None else []
-                bounds += [f"at most {high:g}"] if high is not None else []
-                wanted = " and ".join(bounds or ["finite"])
-                raise ValueError(f"{flag} is {value}; it must be {wanted}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                _check_number(flag, value, about["low"], about["above"], about["high"])
+        if about["ordered"] and list(given) != sorted(given):
+            raise ValueError(f"{flag} is {' '.join(map(str, given))}; it must be LOW <= HIGH")
 
 
-def check_interval(flag: str, interval: tuple[float, float]) -> None:
-    """Raises: ValueError unless 0 <= LOW <= HIGH <= 1."""
+def _check_number(
+    flag: str, value: float, low: float | None, above: float | None, high: float | None
+) -> None:
+    fits = math.isfinite(value) or (high is not None and not math.isnan(value))
+    fits = fits and (low is None or value >= low)
+    fits = fits and (above is None or value > above)
+    fits = fits and (high is None or value <= high)
+    if fits:
+        return
+    bounds = [f"at least {low:g}"] if low is not None else []
+    bounds += [f"above {above:g}"] if above is not None else []
+    bounds += [f"at most {high:g}"] if high is not None else []
+    raise ValueError(f"{flag} is {value}; it must be {' and '.join(bounds or ['finite'])}")
+
+
+def check_interval(flag: str, interval: tuple[float, float]) -> None:  # remove
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise ValueError(f"{flag} is {low:g} {high:g}; it must be 0 <= LOW <= HIGH <= 1")
@@ -182,9 +192,11 @@ def run_cli(main: Callable[[], Any]) -> None:
     """Runs a script's `main`; bad input ends it with one line on stderr and exit code 1.
 
     Errors of the kinds that our checks raise (ValueError, OSError, ImportError) are for the user;
-    everything else is a bug and keeps its traceback.
+    everything else is a bug and keeps its traceback. What a terminal cannot print becomes "?".
     """
-    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
@@ -229,8 +241,6 @@ def compiled(function: Callable, *example: Any) -> Callable:
 @contextlib.contextmanager
 def compiled_policies(enabled: bool = True) -> Iterator[None]:
     """Within the block, `velocity` of both policies goes through torch.compile."""
-    from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
-
     if not enabled:
         yield
         return
@@ -271,36 +281,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: up to here from the heap (its maximum)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the heap back
-
-
-# ---- Files ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, renamed to `path` if the block succeeds.
-
-    Whoever reads `path` sees the old file or the whole new one, never a half.
-    Raises: OSError if it cannot be written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except Exception as error:  # on a full disk torch.save and safetensors have their own kinds
-        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
-            reason = str(error).split("\n")[0]
-            raise OSError(f"{path} cannot be written: {reason}") from error
-        raise
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: dict) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")

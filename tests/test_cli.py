@@ -1,4 +1,4 @@
-"""common/cli.py: flags of a dataclass, errors of one line, whole-file writes, compilation."""
+"""common/cli.py: flags of a dataclass, errors of one line, compilation."""
 
 import warnings
 from dataclasses import MISSING, dataclass
@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from common.cli import (
-    atomic,
     compiled,
     compiled_policies,
     parse,
     pick_device,
     run_cli,
     setting,
-    write_json,
 )
 from piflow_minimal import GaussianMixture, GMFlowPolicy, rollout
 
@@ -26,7 +24,10 @@ class Settings:
     iterations: int = setting(10, "optimizer steps", low=1, high=100)
     lr: float = setting(0.1, "learning rate", above=0)
     policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx"))
-    interval: tuple[float, float] = setting((0.0, 1.0), "two numbers", metavar=("LOW", "HIGH"))
+    interval: tuple[float, float] = setting(
+        (0.0, 1.0), "two numbers", low=0, high=1, metavar=("LOW", "HIGH"), ordered=True
+    )
+    store: str = setting("", "a local or remote path", path=True)
     classes: tuple[int, ...] = setting((), "any number of them")
     steps: int | None = setting(None, "may stay open", low=1)
     fast: bool = setting(False, "a switch")
@@ -38,7 +39,8 @@ def test_flags_become_fields():
     argv = "net --iterations 3 --lr 1e-3 --policy dx --interval 0.2 0.7 --classes 1 2 --steps 4"
     argv += " --fast --class jay --out a/b"
     found = parse(Settings, "About.", argv.split())
-    assert found == Settings("net", 3, 1e-3, "dx", (0.2, 0.7), (1, 2), 4, True, "jay", Path("a/b"))
+    rest = ("", (1, 2), 4, True, "jay", Path("a/b"))
+    assert found == Settings("net", 3, 1e-3, "dx", (0.2, 0.7), *rest)
     assert parse(Settings, "About.", ["net"]) == Settings("net")
     assert parse(Settings, "About.", ["net", "--no-fast"]).fast is False
 
@@ -53,6 +55,8 @@ def test_flags_become_fields():
     ("net --iteration 3", "unknown argument --iteration; did you mean --iterations?"),
     ("net --steps 0", "--steps is 0"),
     ("net --interval 0.5", "--interval"),
+    ("net --interval 0.7 0.2", "--interval is 0.7 0.2; it must be LOW <= HIGH"),
+    ("net --interval 0.2 1.5", "--interval is 1.5; it must be at least 0 and at most 1"),
     ("net --classes a", "--classes"),
     ("", "model"),
 ])  # fmt: skip
@@ -60,6 +64,13 @@ def test_what_is_refused(argv, message):
     with pytest.raises(ValueError) as error:
         parse(Settings, "About.", argv.split())
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_home_is_expanded_in_paths_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = parse(Settings, "About.", ["net", "--out=~/run", "--store=~/data", "--class=~/x"])
+    assert found.out == Path("/home/me/run") and found.store == "/home/me/data"
+    assert found.label == "~/x"
 
 
 def test_presets_are_defaults_that_flags_override():
@@ -92,17 +103,6 @@ def test_run_cli_is_one_line_for_users_and_a_traceback_for_bugs():
         assert stop.value.code == "error: a b"
     with pytest.raises(KeyError):
         run_cli(lambda: fail(KeyError("bug")))
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "deep" / "a.json"
-    write_json(path, {"a": 1})
-    for error, kind in ((KeyError("bug"), KeyError), (RuntimeError("disk\nfull"), OSError)):
-        with pytest.raises(kind), atomic(path) as temporary:
-            temporary.write_text("half")
-            raise error
-    assert path.read_text() == '{\n  "a": 1\n}\n'
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
 def test_devices():

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from text_to_image.generate import MODELS, OUT_OF_MEMORY, FewStep, Result, load_from, report
 from text_to_image.families import import_diffusers, release_memory, require_package
+from text_to_image.generate import MODELS, OUT_OF_MEMORY, FewStep, Result, load_from, report
 from text_to_image.tiny_fashion import SIDE
 
 
