@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common import fashion
 from common.cli import check_interval, parse, pick_device, run_cli, setting
 from common.static_policy import (
     Monitor,
@@ -34,7 +35,6 @@ from common.static_policy import (
     query_times,
     run_toy,
 )
-from imagenet import fashion
 from imagenet.checkpoints import TEACHERS, Source, load_decoder, load_dit
 from imagenet.dit import PIXELS, DiTConfig, guided_teacher
 from piflow_minimal import Teacher, pi_id_loss

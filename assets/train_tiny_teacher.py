@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import fashion, frechet
 from common.cli import atomic, pick_device, run_cli
-from imagenet import fashion, metrics
 from imagenet.checkpoints import save_dit
 from imagenet.distributed import ema_decay, update_ema
 from imagenet.dit import PRESETS, DiT, guided_teacher
@@ -79,7 +79,7 @@ def train_features(
     test_values, predicted = fashion.extract(net, test[0])
     accuracy = (predicted == test[1]).float().mean()
     statistics = {"mean": values.mean(dim=0), "covariance": values.T.cov(), "accuracy": accuracy}
-    floor = metrics.gaussian_distance(
+    floor = frechet.gaussian_distance(
         test_values.mean(dim=0), test_values.T.cov(), statistics["mean"], statistics["covariance"]
     )
     print(f"feature network: test accuracy {accuracy:.4f}, Frechet distance train-test {floor:.2f}")
@@ -225,8 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{len(samples)} samples, guidance {GUIDANCE} on t <= {INTERVAL[1]}, {STEPS} Euler steps:"
     )
-    print(f"  Frechet distance {metrics.frechet_distance(samples, judge):.2f}")
-    print(f"  recognised {metrics.recognition_rate(samples, labels, judge):.3f}")
+    print(f"  Frechet distance {fashion.frechet_distance(samples, judge):.2f}")
+    print(f"  recognised {fashion.recognition_rate(samples, labels, judge):.3f}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assets.train_tiny_teacher import load_data, save_grid
+from common import fashion
 from common.cli import atomic, parse, run_cli, setting
+from common.fashion import frechet_distance, recognition_rate
 from common.teachers import guided_velocity, integrate_teacher
-from imagenet import fashion
-from imagenet.metrics import frechet_distance, recognition_rate
 from text_to_image.families import FAMILIES, Conditions, network_inputs, unpack
 from text_to_image.tiny_fashion import CONFIG, GUIDANCE, TEACHER, encode_words, word_vectors
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import print_table
+from common import fashion
 from common.cli import keep_freed_memory, parse, run_cli, setting
 from common.teachers import endpoint_rmse
-from imagenet import fashion
 from imagenet.checkpoints import load_dit
 from imagenet.dit import dit_student
 from piflow_minimal import DXPolicy, Policy, rollout

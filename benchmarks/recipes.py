@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import print_table
+from common import fashion
 from common.cli import atomic, keep_freed_memory, parse, run_cli, setting
+from common.fashion import frechet_distance
 from common.teachers import endpoint_rmse, integrate_teacher
-from imagenet import distill, fashion
+from imagenet import distill
 from imagenet.checkpoints import load_dit
 from imagenet.dit import dit_student, guided_teacher
-from imagenet.metrics import frechet_distance
 from piflow_minimal import sample
 
 RECIPES = {

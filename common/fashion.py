@@ -2,8 +2,9 @@
 
 An image (1, 28, 28) in [-1, 1] becomes a "latent" (4, 14, 14) by space-to-depth: the channel count
 and the patch size of the ImageNet networks, with nothing to decode. `load_features` returns the
-small classifier that ships in `assets/` with the training set's feature statistics, so the
-Frechet distance and the recognition rate of metrics.py need no data set.
+small classifier that ships in `assets/` with the training set's feature statistics, so that the
+Frechet distance and the recognition rate need no data set. The distance is no FID: compare it only
+with itself.
 """
 
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.frechet import gaussian_distance, moments
 
 CLASSES = (
     "t-shirt/top", "trouser", "pullover", "dress", "coat",
@@ -86,3 +89,17 @@ def extract(net: FeatureNet, images: Tensor, batch: int = 1000) -> tuple[Tensor,
     """Images (B, 1, 28, 28) -> features (B, 64) and predicted classes (B,)."""
     features = torch.cat([net.body(part.clamp(-1, 1)) for part in images.split(batch)])
     return features, net.classify(features).argmax(dim=1)
+
+
+def frechet_distance(images: Tensor, features: Features | None = None) -> float:
+    """64-feature Frechet distance between images (B, 1, 28, 28) and the training set; B >> 64."""
+    features = features or load_features(device=images.device)
+    values, _ = extract(features.net, images)
+    return gaussian_distance(*moments(values), features.mean, features.covariance)
+
+
+def recognition_rate(images: Tensor, labels: Tensor, features: Features | None = None) -> float:
+    """The fraction of images (B, 1, 28, 28) whose predicted class is labels (B,)."""
+    features = features or load_features(device=images.device)
+    _, predicted = extract(features.net, images)
+    return (predicted == labels).float().mean().item()

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common import fashion
 from common.cli import atomic
-from imagenet import fashion
 from imagenet.dit import INITIAL_STD, PIXELS, VAE, DiT, DiTConfig, position_features
 
 

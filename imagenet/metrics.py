@@ -10,9 +10,7 @@ Tiny model: the feature network in assets/. Its distance is no FID: compare it o
 Features stay on the device, and matrix products of metrics never use TF32.
 """
 
-import contextlib
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,53 +19,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from imagenet import fashion
+from common import fashion
+from common.frechet import (
+    FEATURES,
+    full_precision,
+    gaussian_distance,
+    inception_features,
+    moments,
+)
 from imagenet.cache_latents import image_size, is_image, open_image
 
-FEATURES = 2048  # of the Inception network
 NEIGHBOURS = 3
 SPLIT = 5000  # images of a split of the Inception Score
 
 # ---------------------------------------------------------------------------------------------
 # Distances between sets of features
 # ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Within the block, float32 matrix products and convolutions are float32, not TF32."""
-    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = conv
-
-
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of features (n, D), in float64; on MPS on the CPU."""
-    features = (features.cpu() if features.device.type == "mps" else features).double()
-    return features.mean(0), features.T.cov()
-
-
-def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Frechet distance of two Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
-
-    In float64, on the device of mean1. Raises: ValueError if anything is not finite.
-    """
-    device = "cpu" if mean1.device.type == "mps" else mean1.device
-    given = (mean1, cov1, mean2, cov2)
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(value).to(device).double() for value in given)
-    if not all(value.isfinite().all() for value in (mean1, cov1, mean2, cov2)):
-        raise ValueError("mean or covariance of a set of features is not finite")
-    values, vectors = torch.linalg.eigh(cov1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
 
 
 def precision_recall(features: Tensor, real: Tensor) -> tuple[float, float]:
@@ -112,91 +80,19 @@ def inception_score(logits: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-def frechet_distance(images: Tensor, features: fashion.Features | None = None) -> float:
-    """64-feature Frechet distance between images (B, 1, 28, 28) and the training set; B >> 64."""
-    features = features or fashion.load_features(device=images.device)
-    values, _ = fashion.extract(features.net, images)
-    return gaussian_distance(*moments(values), features.mean, features.covariance)
-
-
-def recognition_rate(
-    images: Tensor, labels: Tensor, features: fashion.Features | None = None
-) -> float:
-    """The fraction of images (B, 1, 28, 28) whose predicted class is labels (B,)."""
-    features = features or fashion.load_features(device=images.device)
-    _, predicted = fashion.extract(features.net, images)
-    return (predicted == labels).float().mean().item()
-
-
 def tiny_metrics(images: np.ndarray, labels: Tensor) -> dict[str, float]:
     """Frechet distance and recognition rate of images uint8 (n, 28, 28, 1), n > 64."""
     features = fashion.load_features()
     values = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 127.5 - 1
     return {
-        "frechet_distance": frechet_distance(values, features),
-        "recognition_rate": recognition_rate(values, labels, features),
+        "frechet_distance": fashion.frechet_distance(values, features),
+        "recognition_rate": fashion.recognition_rate(values, labels, features),
     }
 
 
 # ---------------------------------------------------------------------------------------------
 # ImageNet
 # ---------------------------------------------------------------------------------------------
-
-
-def load_inception(weights: str, device: torch.device) -> Callable[[Tensor], tuple]:
-    """uint8 images (B, 3, H, W) -> (features (B, 2048), logits (B, 1008)).
-
-    weights: file of its weights; empty: downloaded. Neither is unpickled, tensors alone are read.
-    Raises: ImportError without torch-fidelity, ValueError for a file that is not of this network.
-    """
-    try:
-        from torch_fidelity import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ImportError("--reference needs: pip install torch-fidelity") from error
-    names = ["2048", "logits_unbiased"]
-    with _tensors_only():
-        try:
-            net = FeatureExtractorInceptionV3("inception", names, weights or None)
-        except OSError:
-            raise
-        except Exception as error:  # whatever the unpickler or load_state_dict stumbles over
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"--inception {weights or '(downloaded)'} is no file of its tensors: {reason}"
-            ) from error
-    return net.to(device)
-
-
-@contextlib.contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Within the block, torch.load reads tensors alone, whatever its caller passes."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before, os.environ[name] = os.environ.get(name), "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
-
-
-@torch.no_grad()
-def inception_features(
-    net: Callable, batches: Iterable[np.ndarray], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Batches uint8 (n, H, W, 3) -> features (N, 2048) and logits (N, 1008), on the device.
-
-    Raises: ValueError if they are not finite.
-    """
-    parts = []
-    with full_precision():
-        for pixels in tqdm(batches, desc="Inception", disable=None):
-            images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-            parts.append(net(images.to(device)))
-    features, logits = (torch.cat(column) for column in zip(*parts, strict=True))
-    if not (features.isfinite().all() and logits.isfinite().all()):
-        raise ValueError("Inception features are not finite")
-    return features, logits
 
 
 class Reference(NamedTuple):

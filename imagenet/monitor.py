@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import imagenet.distributed as runs
+from common import fashion, frechet
 from common.plots import image_rows
 from common.teachers import endpoint_rmse, integrate_teacher
-from imagenet import fashion, metrics
+from imagenet import metrics
 from imagenet.checkpoints import load_decoder, to_pixels
 from imagenet.dit import PIXELS, DiT, DiTConfig, dit_student, guided_teacher
 from piflow_minimal import sample
@@ -111,10 +112,10 @@ class FrechetEval:
             self.name, self.moments = "frechet_distance", (known.mean, known.covariance)
             self.features = lambda images: fashion.extract(known.net, images)[0]
             return
-        inception = metrics.load_inception(config.inception, device)
+        inception = frechet.load_inception(config.inception, device)
         images, known = metrics.read_reference(config.reference)
         if known is None:
-            known = metrics.moments(metrics.inception_features(inception, images, device)[0])
+            known = frechet.moments(frechet.inception_features(inception, images, device)[0])
         self.name, self.moments = "fid", known
 
         def features(images: Tensor) -> Tensor:
@@ -134,14 +135,14 @@ class FrechetEval:
             draws = [torch.randn(shape, generator=seeded(i)) for i in part.tolist()]
             noise, labels = torch.stack(draws).to(self.device), part.to(self.device)
             x_0 = sample_student(self.config, average, noise, labels % self.net.num_classes)
-            with metrics.full_precision():
+            with frechet.full_precision():
                 features = self.features(self.decode(x_0)).to(device).double()
             sums[0] += features.sum(0)
             sums[1:] += features.T @ features
         sums = runs.total(sums) / self.config.eval_images
         covariance = sums[1:] - torch.outer(sums[0], sums[0])
         covariance *= self.config.eval_images / (self.config.eval_images - 1)
-        return metrics.gaussian_distance(sums[0], covariance, *self.moments)
+        return frechet.gaussian_distance(sums[0], covariance, *self.moments)
 
 
 class Monitor:

@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import imagenet.distributed as runs
+from common import fashion, frechet
 from common.cli import (
     DEVICE_HELP,
     check_interval,
@@ -51,7 +52,7 @@ from common.cli import (
 )
 from common.plots import image_rows, save_figure, save_image_grid
 from common.teachers import integrate_teacher
-from imagenet import checkpoints, fashion, metrics
+from imagenet import checkpoints, metrics
 from imagenet.checkpoints import TEACHERS, Source, load_dit, to_pixels, weights_hash
 from imagenet.dit import PIXELS, DiT, dit_student, guided_teacher
 from piflow_minimal import sample
@@ -462,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = Parts(out / "parts", settings.count, settings.batch, made_from)
         if rank == 0:
             if settings.reference:
-                inception = metrics.load_inception(settings.inception, device)
+                inception = frechet.load_inception(settings.inception, device)
                 reference = metrics.load_reference(inception, settings.reference, device)
             write_json(out / "settings.json", decisive)
             runs.remove_leftovers(parts.folder)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common import fashion
 from common.cli import parse
 from common.static_policy import (
     INTERVALS,
@@ -21,7 +22,6 @@ from common.static_policy import (
     run_toy,
     teacher_trajectory,
 )
-from imagenet import fashion
 from imagenet.checkpoints import init_student_from_teacher, load_dit, save_dit
 from imagenet.dit import DiTConfig
 from piflow_minimal import DXPolicy, GMFlowPolicy, pi_id_loss, shift_time

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagenet.fashion import ASSETS
+from common.fashion import ASSETS
 from text_to_image.families import import_diffusers
 
 TEACHER = ASSETS / "tiny_text_teacher.safetensors"

@@ -21,8 +21,9 @@ from two_processes import ENVIRONMENT, run_two
 import imagenet.distributed as runs
 import imagenet.draws as draws_module
 import imagenet.sample as sample_dit_imagenet
+from common import fashion, frechet
 from common.teachers import integrate_teacher
-from imagenet import distill, fashion, metrics, monitor
+from imagenet import distill, metrics, monitor
 from imagenet.checkpoints import TEACHERS, load_dit, save_dit
 from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy, pi_id_loss, sample, segment_of
@@ -767,7 +768,7 @@ def test_frechet_distance_while_training(tmp_path):
     noise = torch.stack([torch.randn(4, 14, 14, generator=g) for g in generators])
     with torch.no_grad():
         x_0 = sample(distill.dit_student(net, labels), noise, **distill.TINY.sampling)
-    expected = metrics.frechet_distance(fashion.to_images(x_0).clamp(-1, 1))
+    expected = fashion.frechet_distance(fashion.to_images(x_0).clamp(-1, 1))
     assert len(found) == 2 and found[1] == pytest.approx(expected, rel=1e-3)
 
 
@@ -796,8 +797,8 @@ def test_fid_while_training(tmp_path, monkeypatch):
         total_substeps=4, solver="deis",
     )  # fmt: skip
     pixels = (decode(x_0) * 127.5 + 127.5).round().to(torch.uint8)
-    ours = metrics.moments(inception(pixels)[0])
-    expected = metrics.gaussian_distance(*ours, mean, covariance)
+    ours = frechet.moments(inception(pixels)[0])
+    expected = frechet.gaussian_distance(*ours, mean, covariance)
     assert evaluation.name == "fid"
     assert evaluation.distance(student) == pytest.approx(expected, rel=1e-4)
 
@@ -919,5 +920,5 @@ def test_tiny_student_leaves_one_euler_step_behind(tmp_path, preset, limit):
         student = distill.dit_student(net, labels, 1 / nfe)
         x_0 = sample(student, noise, nfe, total_substeps=64, solver="deis")
     images = fashion.to_images(x_0).clamp(-1, 1)
-    assert metrics.frechet_distance(images) < limit
-    assert metrics.recognition_rate(images, labels) > 0.8
+    assert fashion.frechet_distance(images) < limit
+    assert fashion.recognition_rate(images, labels) > 0.8

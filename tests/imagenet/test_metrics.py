@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from common import fashion, frechet
 from common.teachers import integrate_teacher
-from imagenet import fashion, metrics
+from imagenet import metrics
 from imagenet.checkpoints import load_dit
 from imagenet.dit import guided_teacher
 
@@ -27,7 +28,7 @@ def test_latents_are_two_by_two_blocks_of_pixels():
 def test_frechet_distance_of_commuting_gaussians():
     """For diagonal covariances it is |m1 - m2|^2 + sum (s1 - s2)^2."""
     mean, s1, s2 = torch.tensor([1.0, -2.0, 0.5]), torch.rand(3) + 1, torch.rand(3) + 1
-    distance = metrics.gaussian_distance(mean, s1.square().diag(), 0 * mean, s2.square().diag())
+    distance = frechet.gaussian_distance(mean, s1.square().diag(), 0 * mean, s2.square().diag())
     expected = mean.square().sum() + (s1 - s2).square().sum()
     assert distance == pytest.approx(expected.item(), rel=1e-5)
 
@@ -39,9 +40,9 @@ def test_shipped_teacher_draws_recognisable_classes():
     teacher = guided_teacher(net, labels, 2.5, (0.0, 0.8))
     noise = torch.randn(60, 4, 14, 14, generator=torch.Generator().manual_seed(0))
     images = fashion.to_images(integrate_teacher(teacher, noise, 20))
-    assert metrics.recognition_rate(images, labels, features) > 0.85
+    assert fashion.recognition_rate(images, labels, features) > 0.85
     noise = torch.randn_like(images)
-    assert metrics.frechet_distance(images) < metrics.frechet_distance(noise) / 10
+    assert fashion.frechet_distance(images) < fashion.frechet_distance(noise) / 10
 
 
 def test_features_that_cannot_be_used(tmp_path):
@@ -138,10 +139,10 @@ def test_blocks_change_nothing_and_torch_fidelity_agrees(monkeypatch):
 def test_what_is_not_finite_is_an_error():
     eye, mean = torch.eye(3), torch.zeros(3)
     with pytest.raises(ValueError, match="not finite"):
-        metrics.gaussian_distance(mean * torch.nan, eye, mean, eye)
+        frechet.gaussian_distance(mean * torch.nan, eye, mean, eye)
     with pytest.raises(ValueError, match="Inception features are not finite"):
         broken = lambda images: (images.flatten(1) * torch.nan, images.flatten(1).float())  # noqa: E731
-        metrics.inception_features(broken, [np.zeros((2, 4, 4, 3), np.uint8)], CPU)
+        frechet.inception_features(broken, [np.zeros((2, 4, 4, 3), np.uint8)], CPU)
 
 
 # -- references ------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_inception_weights_are_not_unpickled(tmp_path, monkeypatch):
     Path("text.pth").write_text("no weights")
     for name in ("bomb", "other", "text"):
         with pytest.raises(ValueError, match=f"{name}.pth is no file of its tensors"):
-            metrics.load_inception(f"{name}.pth", CPU)
+            frechet.load_inception(f"{name}.pth", CPU)
     assert not Path("executed").exists()
     with pytest.raises(OSError):
-        metrics.load_inception("nothing.pth", CPU)
+        frechet.load_inception("nothing.pth", CPU)

@@ -12,8 +12,9 @@ from two_processes import run_two
 
 import imagenet.distributed as runs
 import imagenet.sample as sampling
+from common import fashion
 from common.teachers import integrate_teacher
-from imagenet import checkpoints, fashion
+from imagenet import checkpoints
 from imagenet.checkpoints import init_student_from_teacher, load_dit, save_dit
 from imagenet.dit import PIXELS, DiT, DiTConfig, guided_teacher
 from piflow_minimal import DXPolicy, GMFlowPolicy, rollout

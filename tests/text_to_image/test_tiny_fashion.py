@@ -8,9 +8,9 @@ pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 import torch  # noqa: E402
 
 import text_to_image.families as dm  # noqa: E402
+from common.fashion import recognition_rate  # noqa: E402
 from common.teachers import guided_velocity, integrate_teacher  # noqa: E402
 from imagenet import fashion  # noqa: E402
-from imagenet.metrics import recognition_rate  # noqa: E402
 from text_to_image.generate import SHIFT, load  # noqa: E402
 from text_to_image.tiny_fashion import (  # noqa: E402
     ADAPTERS,
