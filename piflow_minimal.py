@@ -277,10 +277,15 @@ class PiIDLoss(NamedTuple):
     t: Tensor  #          (M * B,)   noise levels of the queries
     x_dst: Tensor  #      (B, C, *)  where the detached policy ends the segment
 
+    def weighted(self, power: float) -> Tensor:
+        """The mean of t^power times the squared error, a scalar; `loss` is weighted(0)."""
+        square = (self.u_policy - self.u_teacher).square().flatten(1).mean(1)  #  (M * B,)
+        return (self.t**power * square).mean()
+
 def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Time,
                shift: float = 1.0, total_substeps: int = 128, num_intermediates: int = 2,
                teacher_ratio: float = 0.0, window_substeps: int = 0, dropout: float = 0.0,
-               uniforms: tuple[Tensor, Tensor] | None = None, generator: Generator = None,
+               uniforms: tuple | Callable | None = None, generator: Generator = None,
                solver: str = "euler", batch_teacher: bool = False) -> PiIDLoss:
     """On-policy imitation of the teacher over one segment of raw time (Algorithm 1).
 
@@ -290,7 +295,8 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
         total_substeps, solver: of the rollout. num_intermediates: M >= 1, queries per sample.
         teacher_ratio, window_substeps: see `_pi_id_mixed`; 0 and 0 are the plain algorithm.
         dropout: in [0, 1), of the detached policy's components (GMFlow).
-        uniforms: ((B, M), (B, M - 1)) in [0, 1) replace the random draws: replays a loss.
+        uniforms: ((B, M), (B, M - 1)) in [0, 1) replace the random draws: replays a loss. Or a
+            function (tau_src (B,), segment_size (B,)) -> such a pair: query times of one's own.
         batch_teacher: one query of M * B states in place of M of B; not with teacher_ratio.
     Raises: ValueError if the teacher's velocity has another shape than the state.
     """
@@ -299,6 +305,8 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
     longest = segment_size if isinstance(segment_size, int | float) else None
     if uniforms is None:
         uniforms = [_draw(torch.rand, (len(x_src), n), x_src, generator) for n in (M, M - 1)]
+    if callable(uniforms):
+        uniforms = uniforms(tau, segment)
     uniforms = [draws.to(x_src).T.sort(0).values for draws in uniforms]  #        (M, B), (M - 1, B)
     steps = {"shift": shift, "total_substeps": total_substeps, "solver": solver}
     detached = policy.detach()

@@ -46,17 +46,19 @@ def setting(
     default: Any, help: str, *, low: float | None = None, high: float | None = None,
     above: float | None = None, choices: Sequence | Mapping | None = None, flag: str | None = None,
     metavar: Any = None, positional: bool = False, ordered: bool = False, path: bool = False,
+    free: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text and what it accepts.
 
     Args: low, high: inclusive bounds of numbers, which must be finite unless high=math.inf; above:
         exclusive lower bound; choices: all accepted values; flag: name of the flag, if it is not
         the field's; positional: no flag; ordered: values of a tuple must not fall; path: a str that
-        is a local or remote path, ~ is expanded. default=dataclasses.MISSING: it must be given.
+        is a local or remote path, ~ is expanded; free: may change when a run is continued.
+        default=dataclasses.MISSING: it must be given.
     """
     about = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
     about |= {"flag": flag, "metavar": metavar, "positional": positional}
-    about |= {"ordered": ordered, "path": path}
+    about |= {"ordered": ordered, "path": path, "free": free}
     return dataclasses.field(default=default, metadata=about)
 
 

@@ -1,0 +1,628 @@
+"""One training loop for every pi-Flow student: one process or many, moving average, exact resume.
+
+A task brings the network and the loss; everything else is here.
+
+    net                        nn.Module; what requires a gradient is trained
+    losses(net, iteration, rows) -> Iterator[(weight, PiIDLoss)]     rows: places in the batch
+    evaluate(net, iteration)     -> dict of numbers                  with the average in place
+    export(state, folder)        state: the average, whole tensors on the CPU
+    shard(net)                   optional: fully_shard of its blocks, for --shard
+    describe()                   optional: a JSON dict, kept in each checkpoint for whoever reads it
+
+Every process calls these methods, except `export`, which rank 0 calls alone. torch.manual_seed
+comes before each call of `losses`, so that what is drawn there, also on the device, depends on the
+seed, the iteration and the first row alone. The number of processes changes no draw;
+--micro-batch does.
+
+The same command continues a run. Its folder, local or on s3://: config.json, stats.jsonl,
+checkpoints/step_00001000.pt, and what the task exports.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+
+from common.cli import DEVICE_HELP, MAX_SEED, pick_device, setting
+from common.files import (
+    is_remote,
+    join,
+    list_files,
+    read_json,
+    read_text,
+    reading,
+    remove,
+    remove_leftovers,
+    write_json,
+    write_text,
+    writing,
+)
+from piflow_minimal import PiIDLoss
+
+BINS = 10  # of t, for the loss in stats.jsonl
+MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run gives up
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """What all trainers share. free: may change when a run continues."""
+
+    out: str | Path = setting(
+        "outputs", "folder of the run, local or remote (s3://...)", path=True, free=True
+    )
+    iterations: int = setting(1000, "optimizer steps", low=1, free=True)
+    batch: int = setting(256, "samples per step, over all processes", low=1)
+    micro_batch: int = setting(
+        32, "samples that a process handles at once; changed, a run does not continue bit for bit",
+        low=1, free=True,
+    )  # fmt: skip
+    lr: float = setting(1e-4, "peak learning rate of AdamW", above=0)
+    lr_decay: str = setting("none", "after the warm-up; cosine: to 0", choices=("none", "cosine"))
+    warmup: int = setting(100, "iterations of linear warm-up, from a thousandth of --lr", low=0)
+    beta2: float = setting(0.95, "AdamW's beta2; beta1 is 0.9, no weight decay", low=0, high=1)
+    optimizer: str = setting(
+        "adamw", "adamw8bit needs bitsandbytes and CUDA", choices=("adamw", "adamw8bit")
+    )
+    clip: float = setting(50.0, "largest gradient norm", above=0)
+    clip_start: int = setting(100, "iteration from which gradients are clipped", low=0)
+    ema_start: int = setting(100, "iteration up to which the moving average copies", low=0)
+    ema_gamma: float = setting(
+        7.0, "decay (1 - 1/i)^(1 + gamma) of the moving average, i counted from its start", low=0
+    )
+    loss_scale: float = setting(1.0, "factor of the loss", above=0)
+    time_weight: float = setting(0.0, "power of t that weights the squared error", low=0)
+    shard: bool = setting(False, "split weights and optimizer over the processes (FSDP)", free=True)
+    device: str = setting("auto", DEVICE_HELP, free=True)
+    seed: int = setting(0, "seed of everything random", low=0, high=MAX_SEED)
+    log_every: int = setting(50, "iterations between lines of stats.jsonl", low=1, free=True)
+    save_every: int = setting(1000, "iterations between checkpoints", low=1, free=True)
+    keep: int = setting(2, "newest checkpoints to keep", low=1, free=True)
+    milestone_every: int | None = setting(
+        None, "checkpoints of these multiples stay as well", low=1, free=True
+    )
+    eval_every: int = setting(2000, "iterations between evaluations; 0: none", low=0, free=True)
+    logger: str = setting(
+        "none", "beside stats.jsonl", choices=("none", "tensorboard", "wandb"), free=True
+    )
+
+
+class Task(Protocol):
+    """What a trainer brings; the docstring of this file says when each is called."""
+
+    net: nn.Module
+
+    def losses(
+        self, net: nn.Module, iteration: int, rows: range
+    ) -> Iterator[tuple[float, PiIDLoss]]: ...
+    def evaluate(self, net: nn.Module, iteration: int) -> dict[str, float]: ...
+    def export(self, state: dict[str, Tensor], folder: str | Path) -> None: ...
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Which process this is, of how many, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def processes(device: str = "auto") -> Iterator[Place]:
+    """One process, or those that torchrun started: NCCL on CUDA, otherwise Gloo."""
+    count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
+    if count == 1:
+        yield Place(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    # An hour: the other processes wait while rank 0 reads a checkpoint or draws pictures.
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    try:
+        yield Place(dist.get_rank(), count, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """What rank 0 passes here, on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_first(function: Callable, *args: Any) -> Any:
+    """Calls a function on rank 0; every process returns its result, or raises its error."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function(*args)
+        except (ValueError, OSError, ImportError) as raised:
+            error = raised
+    result, error = from_first((result, error))
+    if error:
+        raise error
+    return result
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yields a list that SIGTERM or Ctrl-C makes non-empty; the second Ctrl-C kills.
+
+    (A second SIGTERM does not: where a scheduler stops all processes, torchrun repeats it.)
+    """
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- What is trained, its average, the optimizer -------------------------------------------------
+
+
+class State:
+    """Network, moving average of what is trained, optimizer, and how far they have come."""
+
+    def __init__(self, net: nn.Module, s: TrainSettings):
+        self.net, self.s = net, s
+        self.iteration = 0
+        self.skipped = 0
+        self.seconds = 0.0
+        self.weights = [p for p in net.parameters() if p.requires_grad]
+        self.ema = [p.detach().clone() for p in self.weights]
+        options = {"lr": s.lr, "betas": (0.9, s.beta2), "weight_decay": 0.0}
+        if s.optimizer == "adamw8bit":
+            self.optimizer = _adamw_8bit()(self.weights, **options)
+        else:
+            fused = self.weights[0].device.type == "cuda"
+            self.optimizer = torch.optim.AdamW(self.weights, fused=fused, **options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One optimizer step and one of the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.s, self.iteration)
+        self.optimizer.step()
+        decay = ema_decay(self.iteration + 1, self.s.ema_start, self.s.ema_gamma)
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The network with the average in place of its weights, in evaluation mode."""
+        self._swap()
+        try:
+            yield self.net.eval()
+        finally:
+            self._swap()
+            self.net.train()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in zip(self.weights, self.ema, strict=True):
+            kept = weight.clone()  # in place: fully_shard holds on to the storage
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Trained weights by name as whole tensors, on the CPU of rank 0; elsewhere empty."""
+        options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True}
+        state = get_model_state_dict(self.net, options=StateDictOptions(**options))
+        return {name: value.clone() for name, value in state.items()}
+
+    def whole_average(self) -> dict[str, Tensor]:
+        """The same of the average. Every process calls this."""
+        with self.averaged():
+            return self.whole()
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that a checkpoint holds. Every process calls this."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        numbers = {name: getattr(self, name) for name in ("iteration", "skipped", "seconds")}
+        optimizer = get_optimizer_state_dict(self.net, self.optimizer, options=options)
+        tensors = {"net": self.whole(), "ema": self.whole_average(), "optimizer": optimizer}
+        return numbers | tensors
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Continues from `as_dict` of rank 0, which the other processes are sent; None: nothing."""
+        names = ("iteration", "skipped", "seconds")
+        numbers = from_first(state and {name: state[name] for name in names})
+        if not numbers:
+            return
+        state = state or {"net": {}, "ema": {}, "optimizer": {}}
+        options = {"full_state_dict": True, "strict": False}  # strict: frozen parts are not in it
+        options = StateDictOptions(broadcast_from_rank0=dist.is_initialized(), **options)
+        set_model_state_dict(self.net, state["ema"], options=options)
+        with torch.no_grad():
+            for weight, average in zip(self.weights, self.ema, strict=True):
+                average.copy_(weight)
+        set_model_state_dict(self.net, state["net"], options=options)
+        set_optimizer_state_dict(self.net, self.optimizer, state["optimizer"], options=options)
+        for name, value in numbers.items():
+            setattr(self, name, value)
+
+
+def _adamw_8bit() -> type:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        needed = "--optimizer adamw8bit needs: pip install bitsandbytes"
+        raise ImportError(f"{needed} ({error})") from error
+    return AdamW8bit
+
+
+def learning_rate(s: TrainSettings, iteration: int) -> float:
+    """Linear warm-up from lr / 1000, then constant or a cosine to 0. iteration: counts from 0."""
+    if iteration < s.warmup:
+        return s.lr * (0.001 + 0.999 * iteration / s.warmup)
+    if s.lr_decay == "none":
+        return s.lr
+    done = (iteration - s.warmup) / max(1, s.iterations - s.warmup)
+    return s.lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def ema_decay(steps: int, start: int = 0, gamma: float = 7.0) -> float:
+    """Share of the old average that stays after `steps` optimizer steps; 0 copies the weights.
+
+    (1 - 1/i)^(1 + gamma), i counted from `start`: the power function of arXiv 2312.02696.
+    """
+    i = steps - start
+    return (1 - 1 / i) ** (1 + gamma) if i > 0 else 0.0
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def save(s: TrainSettings, state: State, task: Task) -> None:
+    """Writes a checkpoint, then the student; the newest s.keep checkpoints and milestones stay."""
+    whole = state.as_dict()
+    if rank():
+        return
+    if hasattr(task, "describe"):
+        whole["export"] = task.describe()
+    folder = join(s.out, "checkpoints")
+    with writing(join(folder, f"step_{state.iteration:08d}.pt")) as temporary:
+        torch.save(whole, temporary)
+    task.export(whole["ema"], s.out if is_remote(s.out) else Path(s.out))
+    every = s.milestone_every
+    names = list_files(folder, "step_")
+    passing = [name for name in names if not every or int(name[5:13]) % every]
+    for name in passing[: -s.keep]:
+        remove(join(folder, name))
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Raises: ValueError if it is damaged, OSError if there is none or it cannot be fetched."""
+    with reading(path) as local:
+        try:
+            with zipfile.ZipFile(local) as archive:
+                wrong = archive.testzip()
+            if wrong:
+                raise ValueError(f"wrong checksum of {wrong}")
+            return torch.load(local, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # one wrong bit in the directory of a zip: nearly any kind
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def newest(out: str) -> dict[str, Any] | None:
+    """The newest checkpoint of a run that is whole; damaged ones are named and skipped."""
+    folder = join(out, "checkpoints")
+    for place in (out, folder):
+        remove_leftovers(place)
+    for name in reversed(list_files(folder, "step_")):
+        try:
+            return read_checkpoint(join(folder, name))
+        except ValueError as error:
+            print(f"skipping the damaged checkpoint {name}: {' '.join(str(error).split())[:100]}")
+    return None
+
+
+def check_same(s: TrainSettings) -> dict:
+    """The settings that the run in s.out was started with, {} for a new one.
+
+    Raises: ValueError that names the first one that decides its numbers and differs.
+    """
+    path = join(s.out, "config.json")
+    before, now = read_json(path), as_json(s)
+    for field in dataclasses.fields(s):
+        name = field.name
+        if not field.metadata.get("free") and before.get(name, now[name]) != now[name]:
+            raise ValueError(
+                f"{path} is of a run with {name} = {before[name]!r}, this one has {now[name]!r}; "
+                "choose another output folder, or the same settings to continue"
+            )
+    return before
+
+
+def as_json(s: TrainSettings) -> dict:
+    """Settings as JSON stores them: tuples are lists, paths are strings."""
+    return json.loads(json.dumps(dataclasses.asdict(s), default=str))
+
+
+# ---- Log -----------------------------------------------------------------------------------------
+
+
+class Log:
+    """stats.jsonl, a JSON object per line; TensorBoard or wandb by s.logger; written by rank 0."""
+
+    def __init__(self, s: TrainSettings, iteration: int, device: torch.device):
+        self.s, self.device, self.path = s, device, join(s.out, "stats.jsonl")
+        self.lines, self.send = [], None
+        self.clear()
+        if rank() == 0:
+            self.send = open_logger(s, iteration)
+            for line in (read_text(self.path) or "").splitlines():
+                try:
+                    if json.loads(line)["iteration"] <= iteration:  # later ones will come again
+                        self.lines.append(line)
+                except ValueError:  # a line that a power cut left unfinished
+                    break
+
+    def clear(self) -> None:
+        self.losses, self.norm, self.began = [], 0.0, time.monotonic()
+        self.by_t = torch.zeros(2, BINS, device=self.device)  # squared errors by t, their number
+
+    @torch.no_grad()
+    def count(self, out: PiIDLoss) -> None:
+        """Adds the squared errors of a loss to those of their bin of t; no synchronisation."""
+        square = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)
+        bins = (out.t * BINS).long().clamp(max=BINS - 1)
+        self.by_t[0].index_add_(0, bins, square.float())
+        self.by_t[1].index_add_(0, bins, torch.ones_like(square, dtype=torch.float32))
+
+    def add(self, loss: float, norm: float) -> None:
+        self.losses.append(loss)
+        self.norm = norm
+
+    def write(self, state: State, found: dict[str, float]) -> None:
+        """One line of means since the last one. Every process calls this."""
+        squares, counts = total(self.by_t)
+        record = {
+            "iteration": state.iteration,
+            "loss": sum(self.losses) / max(1, len(self.losses)),
+            "loss_by_t": [round(value, 6) for value in (squares / counts.clamp(min=1)).tolist()],
+            "grad_norm": self.norm,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "images_per_s": self.s.batch * len(self.losses) / (time.monotonic() - self.began),
+            "memory_gib": memory_gib(self.device),
+            "seconds": state.seconds,
+            "skipped": state.skipped,
+        } | found
+        self.clear()
+        if self.send is None:
+            return
+        self.lines.append(json.dumps(record))
+        write_text(self.path, "\n".join(self.lines) + "\n")
+        scalars = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        self.send(scalars, state.iteration)
+
+
+def open_logger(s: TrainSettings, iteration: int) -> Callable[[dict, int], None]:
+    """-> send(scalars, iteration) of s.logger; it continues the run in s.out.
+
+    Raises: ImportError if the package is missing or does not work.
+    """
+    if s.logger == "none":
+        return lambda scalars, iteration: None
+    try:
+        if s.logger == "wandb":
+            import wandb
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        needed = f"--logger {s.logger} needs: pip install {s.logger}"
+        raise ImportError(f"{needed} ({error})") from error
+    if s.logger == "wandb":
+        identity = join(s.out, "wandb_id.txt")
+        known = read_text(identity)
+        options = {"name": str(s.out), "config": as_json(s), "id": known, "resume": "allow"}
+        run = wandb.init(project="piflow", **options)
+        if not known:
+            write_text(identity, run.id)
+        return lambda scalars, iteration: wandb.log(scalars, step=iteration)
+    writer = SummaryWriter(join(s.out, "tensorboard"), purge_step=iteration + 1)
+
+    def send(scalars: dict, iteration: int) -> None:
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, iteration)
+        writer.flush()
+
+    return send
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, otherwise of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+def start(s: TrainSettings, task: Task, place: Place) -> State:
+    """The state of a new run, or of the one that is continued. Every process calls this.
+
+    Raises: ValueError if settings, processes and an earlier run in s.out do not fit together.
+    """
+    if s.batch < place.world or (s.shard and s.batch % place.world):
+        needed = "a multiple of" if s.shard else "at least"
+        raise ValueError(f"--batch is {s.batch}; it must be {needed} {place.world}, the processes")
+    if s.shard and place.world == 1:
+        raise ValueError("--shard splits a network over processes: start several by torchrun")
+    if s.shard and s.optimizer != "adamw":
+        raise ValueError(f"--optimizer {s.optimizer} cannot handle the parameters of --shard")
+    before = on_first(check_same, s)
+    if s.shard:
+        task.shard(task.net)
+    state = State(task.net.train(), s)
+    state.restore(on_first_alone(newest, s.out))
+    if place.rank == 0:
+        write_json(join(s.out, "config.json"), as_json(s))
+        old = before.get("iterations", s.iterations)
+        if s.lr_decay != "none" and old != s.iterations and state.iteration:
+            print(f"--iterations was {old}: the cosine now ends at {s.iterations}")
+        if state.iteration > s.iterations:
+            print(f"the run is at iteration {state.iteration}, beyond --iterations {s.iterations}")
+    return state
+
+
+def on_first_alone(function: Callable, *args: Any) -> Any:
+    """The result of a function on rank 0, None elsewhere; an error of rank 0 ends every process."""
+    kept = []
+    on_first(lambda: kept.append(function(*args)))
+    return kept[0] if kept else None
+
+
+def add_gradients(s: TrainSettings, task: Task, iteration: int, place: Place, log: Log) -> Tensor:
+    """Sums the gradient over micro-batches and processes. -> this process's part of the loss."""
+    first, end = (number * s.batch // place.world for number in (place.rank, place.rank + 1))
+    scale = s.loss_scale * (place.world if s.shard else 1)  # fully_shard averages over processes
+    loss = torch.zeros((), device=place.device)
+    for begin in range(first, end, s.micro_batch):
+        rows = range(begin, min(begin + s.micro_batch, end))
+        torch.manual_seed(training_seed(s.seed, iteration * s.batch + begin))
+        for weight, out in task.losses(task.net, iteration, rows):
+            share = weight * out.weighted(s.time_weight) * len(rows) / s.batch
+            (scale * share).backward()
+            loss += share.detach()
+            log.count(out)
+    if place.world > 1 and not s.shard:
+        gradients = [p.grad for p in task.net.parameters() if p.grad is not None]
+        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
+    return loss
+
+
+def training_seed(seed: int, number: int) -> int:
+    """The seed of sample `number` of a run, in [2^31, 2^32): evaluation seeds are below 2^31.
+
+    Distinct for 2^31 samples in a row, 524,000 iterations of the published batch.
+    """
+    return 2**31 + (seed * 0x9E3779B1 + number) % 2**31
+
+
+def train(s: TrainSettings, task: Task, place: Place) -> State:
+    """Trains, or continues, the run in s.out. Every process calls this; rank 0 writes.
+
+    Raises: ValueError if the GPU is out of memory, or after MOST_SKIPPED iterations in a row
+        without a finite gradient; the weights from before are saved then.
+    """
+    state = start(s, task, place)
+    log = Log(s, state.iteration, place.device)
+    began = time.monotonic() - state.seconds
+    bad, last = 0, state.iteration >= s.iterations
+    bar = tqdm(total=s.iterations, initial=state.iteration, disable=place.rank > 0 or None)
+    with stop_signals() as received, bar:
+        while not last:
+            state.optimizer.zero_grad()
+            try:
+                loss = add_gradients(s, task, state.iteration, place, log)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"out of memory with --micro-batch {s.micro_batch}: try a smaller one, "
+                    "or --shard on several GPUs"
+                ) from error
+            limit = s.clip if state.iteration >= s.clip_start else math.inf
+            norm = nn.utils.clip_grad_norm_(state.weights, limit)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            stop = torch.full_like(loss, len(received))
+            numbers = total(torch.stack([loss, norm / place.world, stop]))
+            loss, norm, stop = numbers.tolist()  #  the only device sync of an iteration
+
+            finite = math.isfinite(loss + norm)
+            if finite:
+                state.step()
+                log.add(loss, norm)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bad = 0 if finite else bad + 1
+            state.skipped += not finite
+            state.iteration += 1
+            state.seconds = time.monotonic() - began
+            last = stop > 0 or state.iteration == s.iterations
+            bar.update()
+
+            found = {}
+            if due(state.iteration, s.eval_every, last):
+                with state.averaged() as net, torch.no_grad():
+                    found = task.evaluate(net, state.iteration)
+            if found or due(state.iteration, s.log_every, last):
+                log.write(state, found)
+            if bad == MOST_SKIPPED:
+                state.iteration -= bad
+                save(s, state, task)
+                raise ValueError(
+                    f"loss or gradient was not finite in {bad} iterations in a row; the weights "
+                    f"from before, iteration {state.iteration}, are saved; try a lower --lr than "
+                    f"{s.lr} in another --out"
+                )
+            if due(state.iteration, s.save_every, last) and (last or not bad):
+                save(s, state, task)
+    if place.rank == 0 and state.iteration <= s.iterations:
+        done = state.iteration == s.iterations
+        rest = "" if done else "; stopped: run the same command again to continue"
+        print(f"iteration {state.iteration} of {s.iterations}, {state.seconds:.0f} s{rest}")
+    return state
+
+
+def due(iteration: int, every: int, last: bool = False) -> bool:
+    """Whether something is due that happens every so many iterations, 0: never, and at the last."""
+    return every > 0 and (last or iteration % every == 0)
