@@ -11,8 +11,8 @@ A task brings the network and the loss; everything else is here.
 
 Every process calls these methods, except `export`, which rank 0 calls alone. torch.manual_seed
 comes before each call of `losses`, so that what is drawn there, also on the device, depends on the
-seed, the iteration and the first row alone. The number of processes changes no draw;
---micro-batch does.
+seed, the iteration and the first row alone. The number of processes changes no draw, as long as
+each has a micro-batch; --micro-batch does.
 
 The same command continues a run. Its folder, local or on s3://: config.json, stats.jsonl,
 checkpoints/step_00001000.pt, and what the task exports.
@@ -20,17 +20,12 @@ checkpoints/step_00001000.pt, and what the task exports.
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
-import signal
-import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,23 +39,22 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from common.cli import DEVICE_HELP, MAX_SEED, pick_device, setting
+from common.cli import DEVICE_HELP, MAX_SEED, setting
 from common.files import (
     is_remote,
     join,
     list_files,
     read_json,
-    read_text,
     reading,
     remove,
     remove_leftovers,
     write_json,
-    write_text,
     writing,
 )
-from piflow_minimal import PiIDLoss
+from common.log import Log, as_json
+from common.processes import Place, from_first, on_first, rank, stop_signals, total
+from common.processes import processes as processes  # beside `train`, for whoever trains
 
-BINS = 10  # of t, for the loss in stats.jsonl
 MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run gives up
 
 
@@ -107,108 +101,6 @@ class TrainSettings:
     )
 
 
-class Task(Protocol):
-    """What a trainer brings; the docstring of this file says when each is called."""
-
-    net: nn.Module
-
-    def losses(
-        self, net: nn.Module, iteration: int, rows: range
-    ) -> Iterator[tuple[float, PiIDLoss]]: ...
-    def evaluate(self, net: nn.Module, iteration: int) -> dict[str, float]: ...
-    def export(self, state: dict[str, Tensor], folder: str | Path) -> None: ...
-
-
-# ---- Processes -----------------------------------------------------------------------------------
-
-
-class Place(NamedTuple):
-    """Which process this is, of how many, and its device."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-
-@contextlib.contextmanager
-def processes(device: str = "auto") -> Iterator[Place]:
-    """One process, or those that torchrun started: NCCL on CUDA, otherwise Gloo."""
-    count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
-    if count == 1:
-        yield Place(0, 1, chosen)
-        return
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    # An hour: the other processes wait while rank 0 reads a checkpoint or draws pictures.
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
-    try:
-        yield Place(dist.get_rank(), count, chosen)
-    finally:
-        dist.destroy_process_group()
-
-
-def rank() -> int:
-    """The number of this process; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """The number of processes; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def total(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def from_first(value: Any) -> Any:
-    """What rank 0 passes here, on every process."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def on_first(function: Callable, *args: Any) -> Any:
-    """Calls a function on rank 0; every process returns its result, or raises its error."""
-    result = error = None
-    if rank() == 0:
-        try:
-            result = function(*args)
-        except (ValueError, OSError, ImportError) as raised:
-            error = raised
-    result, error = from_first((result, error))
-    if error:
-        raise error
-    return result
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yields a list that SIGTERM or Ctrl-C makes non-empty; the second Ctrl-C kills.
-
-    (A second SIGTERM does not: where a scheduler stops all processes, torchrun repeats it.)
-    """
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ---- What is trained, its average, the optimizer -------------------------------------------------
 
 
@@ -224,7 +116,12 @@ class State:
         self.ema = [p.detach().clone() for p in self.weights]
         options = {"lr": s.lr, "betas": (0.9, s.beta2), "weight_decay": 0.0}
         if s.optimizer == "adamw8bit":
-            self.optimizer = _adamw_8bit()(self.weights, **options)
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                needed = "--optimizer adamw8bit needs: pip install bitsandbytes"
+                raise ImportError(f"{needed} ({error})") from error
+            self.optimizer = AdamW8bit(self.weights, **options)
         else:
             fused = self.weights[0].device.type == "cuda"
             self.optimizer = torch.optim.AdamW(self.weights, fused=fused, **options)
@@ -293,15 +190,6 @@ class State:
             setattr(self, name, value)
 
 
-def _adamw_8bit() -> type:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        needed = "--optimizer adamw8bit needs: pip install bitsandbytes"
-        raise ImportError(f"{needed} ({error})") from error
-    return AdamW8bit
-
-
 def learning_rate(s: TrainSettings, iteration: int) -> float:
     """Linear warm-up from lr / 1000, then constant or a cosine to 0. iteration: counts from 0."""
     if iteration < s.warmup:
@@ -324,7 +212,7 @@ def ema_decay(steps: int, start: int = 0, gamma: float = 7.0) -> float:
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def save(s: TrainSettings, state: State, task: Task) -> None:
+def save(s: TrainSettings, state: State, task: Any) -> None:
     """Writes a checkpoint, then the student; the newest s.keep checkpoints and milestones stay."""
     whole = state.as_dict()
     if rank():
@@ -334,12 +222,18 @@ def save(s: TrainSettings, state: State, task: Task) -> None:
     folder = join(s.out, "checkpoints")
     with writing(join(folder, f"step_{state.iteration:08d}.pt")) as temporary:
         torch.save(whole, temporary)
-    task.export(whole["ema"], s.out if is_remote(s.out) else Path(s.out))
+    export(s, task, whole["ema"])
     every = s.milestone_every
     names = list_files(folder, "step_")
     passing = [name for name in names if not every or int(name[5:13]) % every]
     for name in passing[: -s.keep]:
         remove(join(folder, name))
+
+
+def export(s: TrainSettings, task: Any, average: dict[str, Tensor]) -> None:
+    """Lets the task write its student; on rank 0."""
+    if rank() == 0:
+        task.export(average, s.out if is_remote(s.out) else Path(s.out))
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -387,125 +281,19 @@ def check_same(s: TrainSettings) -> dict:
     return before
 
 
-def as_json(s: TrainSettings) -> dict:
-    """Settings as JSON stores them: tuples are lists, paths are strings."""
-    return json.loads(json.dumps(dataclasses.asdict(s), default=str))
-
-
-# ---- Log -----------------------------------------------------------------------------------------
-
-
-class Log:
-    """stats.jsonl, a JSON object per line; TensorBoard or wandb by s.logger; written by rank 0."""
-
-    def __init__(self, s: TrainSettings, iteration: int, device: torch.device):
-        self.s, self.device, self.path = s, device, join(s.out, "stats.jsonl")
-        self.lines, self.send = [], None
-        self.clear()
-        if rank() == 0:
-            self.send = open_logger(s, iteration)
-            for line in (read_text(self.path) or "").splitlines():
-                try:
-                    if json.loads(line)["iteration"] <= iteration:  # later ones will come again
-                        self.lines.append(line)
-                except ValueError:  # a line that a power cut left unfinished
-                    break
-
-    def clear(self) -> None:
-        self.losses, self.norm, self.began = [], 0.0, time.monotonic()
-        self.by_t = torch.zeros(2, BINS, device=self.device)  # squared errors by t, their number
-
-    @torch.no_grad()
-    def count(self, out: PiIDLoss) -> None:
-        """Adds the squared errors of a loss to those of their bin of t; no synchronisation."""
-        square = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)
-        bins = (out.t * BINS).long().clamp(max=BINS - 1)
-        self.by_t[0].index_add_(0, bins, square.float())
-        self.by_t[1].index_add_(0, bins, torch.ones_like(square, dtype=torch.float32))
-
-    def add(self, loss: float, norm: float) -> None:
-        self.losses.append(loss)
-        self.norm = norm
-
-    def write(self, state: State, found: dict[str, float]) -> None:
-        """One line of means since the last one. Every process calls this."""
-        squares, counts = total(self.by_t)
-        record = {
-            "iteration": state.iteration,
-            "loss": sum(self.losses) / max(1, len(self.losses)),
-            "loss_by_t": [round(value, 6) for value in (squares / counts.clamp(min=1)).tolist()],
-            "grad_norm": self.norm,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "images_per_s": self.s.batch * len(self.losses) / (time.monotonic() - self.began),
-            "memory_gib": memory_gib(self.device),
-            "seconds": state.seconds,
-            "skipped": state.skipped,
-        } | found
-        self.clear()
-        if self.send is None:
-            return
-        self.lines.append(json.dumps(record))
-        write_text(self.path, "\n".join(self.lines) + "\n")
-        scalars = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        self.send(scalars, state.iteration)
-
-
-def open_logger(s: TrainSettings, iteration: int) -> Callable[[dict, int], None]:
-    """-> send(scalars, iteration) of s.logger; it continues the run in s.out.
-
-    Raises: ImportError if the package is missing or does not work.
-    """
-    if s.logger == "none":
-        return lambda scalars, iteration: None
-    try:
-        if s.logger == "wandb":
-            import wandb
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        needed = f"--logger {s.logger} needs: pip install {s.logger}"
-        raise ImportError(f"{needed} ({error})") from error
-    if s.logger == "wandb":
-        identity = join(s.out, "wandb_id.txt")
-        known = read_text(identity)
-        options = {"name": str(s.out), "config": as_json(s), "id": known, "resume": "allow"}
-        run = wandb.init(project="piflow", **options)
-        if not known:
-            write_text(identity, run.id)
-        return lambda scalars, iteration: wandb.log(scalars, step=iteration)
-    writer = SummaryWriter(join(s.out, "tensorboard"), purge_step=iteration + 1)
-
-    def send(scalars: dict, iteration: int) -> None:
-        for key, value in scalars.items():
-            writer.add_scalar(key, value, iteration)
-        writer.flush()
-
-    return send
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the GPU, otherwise of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 
-def start(s: TrainSettings, task: Task, place: Place) -> State:
+def start(s: TrainSettings, task: Any, place: Place) -> State:
     """The state of a new run, or of the one that is continued. Every process calls this.
 
     Raises: ValueError if settings, processes and an earlier run in s.out do not fit together.
     """
-    if s.batch < place.world or (s.shard and s.batch % place.world):
-        needed = "a multiple of" if s.shard else "at least"
-        raise ValueError(f"--batch is {s.batch}; it must be {needed} {place.world}, the processes")
+    if s.batch < place.world:
+        raise ValueError(f"--batch is {s.batch}; {place.world} processes need at least as many")
+    if s.shard and len(micro_batches(s, place.world)) % place.world:
+        needed = f"--micro-batch {s.micro_batch} times {place.world} processes"
+        raise ValueError(f"--batch is {s.batch}; with --shard it must be a multiple of {needed}")
     if s.shard and place.world == 1:
         raise ValueError("--shard splits a network over processes: start several by torchrun")
     if s.shard and s.optimizer != "adamw":
@@ -514,9 +302,10 @@ def start(s: TrainSettings, task: Task, place: Place) -> State:
     if s.shard:
         task.shard(task.net)
     state = State(task.net.train(), s)
-    state.restore(on_first_alone(newest, s.out))
+    state.restore(newest(s.out) if place.rank == 0 else None)
+    if state.iteration:  # a run that was killed after its checkpoint has an older student
+        export(s, task, state.whole_average())
     if place.rank == 0:
-        write_json(join(s.out, "config.json"), as_json(s))
         old = before.get("iterations", s.iterations)
         if s.lr_decay != "none" and old != s.iterations and state.iteration:
             print(f"--iterations was {old}: the cosine now ends at {s.iterations}")
@@ -525,21 +314,12 @@ def start(s: TrainSettings, task: Task, place: Place) -> State:
     return state
 
 
-def on_first_alone(function: Callable, *args: Any) -> Any:
-    """The result of a function on rank 0, None elsewhere; an error of rank 0 ends every process."""
-    kept = []
-    on_first(lambda: kept.append(function(*args)))
-    return kept[0] if kept else None
-
-
-def add_gradients(s: TrainSettings, task: Task, iteration: int, place: Place, log: Log) -> Tensor:
+def add_gradients(s: TrainSettings, task: Any, iteration: int, place: Place, log: Log) -> Tensor:
     """Sums the gradient over micro-batches and processes. -> this process's part of the loss."""
-    first, end = (number * s.batch // place.world for number in (place.rank, place.rank + 1))
     scale = s.loss_scale * (place.world if s.shard else 1)  # fully_shard averages over processes
     loss = torch.zeros((), device=place.device)
-    for begin in range(first, end, s.micro_batch):
-        rows = range(begin, min(begin + s.micro_batch, end))
-        torch.manual_seed(training_seed(s.seed, iteration * s.batch + begin))
+    for rows in micro_batches(s, place.world)[place.rank :: place.world]:
+        torch.manual_seed(training_seed(s.seed, iteration * s.batch + rows.start))
         for weight, out in task.losses(task.net, iteration, rows):
             share = weight * out.weighted(s.time_weight) * len(rows) / s.batch
             (scale * share).backward()
@@ -552,6 +332,12 @@ def add_gradients(s: TrainSettings, task: Task, iteration: int, place: Place, lo
     return loss
 
 
+def micro_batches(s: TrainSettings, world: int) -> list[range]:
+    """The places in the batch that are handled at once; at least one such range per process."""
+    size = min(s.micro_batch, math.ceil(s.batch / world))
+    return [range(i, min(i + size, s.batch)) for i in range(0, s.batch, size)]
+
+
 def training_seed(seed: int, number: int) -> int:
     """The seed of sample `number` of a run, in [2^31, 2^32): evaluation seeds are below 2^31.
 
@@ -560,7 +346,7 @@ def training_seed(seed: int, number: int) -> int:
     return 2**31 + (seed * 0x9E3779B1 + number) % 2**31
 
 
-def train(s: TrainSettings, task: Task, place: Place) -> State:
+def train(s: TrainSettings, task: Any, place: Place) -> State:
     """Trains, or continues, the run in s.out. Every process calls this; rank 0 writes.
 
     Raises: ValueError if the GPU is out of memory, or after MOST_SKIPPED iterations in a row
@@ -568,6 +354,8 @@ def train(s: TrainSettings, task: Task, place: Place) -> State:
     """
     state = start(s, task, place)
     log = Log(s, state.iteration, place.device)
+    if place.rank == 0:  # all that may be wrong with the settings has shown by now
+        write_json(join(s.out, "config.json"), as_json(s))
     began = time.monotonic() - state.seconds
     bad, last = 0, state.iteration >= s.iterations
     bar = tqdm(total=s.iterations, initial=state.iteration, disable=place.rank > 0 or None)
@@ -600,12 +388,6 @@ def train(s: TrainSettings, task: Task, place: Place) -> State:
             last = stop > 0 or state.iteration == s.iterations
             bar.update()
 
-            found = {}
-            if due(state.iteration, s.eval_every, last):
-                with state.averaged() as net, torch.no_grad():
-                    found = task.evaluate(net, state.iteration)
-            if found or due(state.iteration, s.log_every, last):
-                log.write(state, found)
             if bad == MOST_SKIPPED:
                 state.iteration -= bad
                 save(s, state, task)
@@ -616,6 +398,12 @@ def train(s: TrainSettings, task: Task, place: Place) -> State:
                 )
             if due(state.iteration, s.save_every, last) and (last or not bad):
                 save(s, state, task)
+            found = {}
+            if due(state.iteration, s.eval_every, last):
+                with state.averaged() as net, torch.no_grad():
+                    found = task.evaluate(net, state.iteration)
+            if found or due(state.iteration, s.log_every, last):
+                log.write(state, found)
     if place.rank == 0 and state.iteration <= s.iterations:
         done = state.iteration == s.iterations
         rest = "" if done else "; stopped: run the same command again to continue"

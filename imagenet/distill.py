@@ -37,8 +37,9 @@ from common import fashion, frechet
 from common.cli import compiled, compiled_policies, keep_freed_memory, parse, run_cli, setting
 from common.files import join, writing
 from common.plots import image_rows
+from common.processes import Place, rank, total, world
 from common.teachers import endpoint_rmse, integrate_teacher
-from common.train import Place, TrainSettings, due, processes, rank, total, train, world
+from common.train import TrainSettings, due, processes, train
 from imagenet import metrics
 from imagenet.cache_latents import open_shards
 from imagenet.checkpoints import (
