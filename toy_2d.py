@@ -301,9 +301,7 @@ def train(density, settings: Settings, callback: Callable | None = None) -> Stud
 
         adam.zero_grad()
         for segment_size, out in segments:
-            square = (out.u_policy - out.u_teacher).square().mean(1)  #           (M B,)
-            loss = (out.t**kind.t_power * square).mean()
-            (segment_size * loss).backward()
+            (segment_size * out.weighted(kind.t_power)).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         done = i / s.iterations  #  warm-up over the first fiftieth, then a cosine to 0
         schedule = min(1.0, 50 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2

@@ -103,8 +103,7 @@ def fit(
                 batch_teacher=settings.batch_teacher,
                 uniforms=query_times(len(static.x_src), settings, generator), **settings.rollout,
             )  # fmt: skip
-            error = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)  #  (M * B,)
-            loss = (error * out.t**settings.time_weight).mean()
+            loss = out.weighted(settings.time_weight)
         optimizer.zero_grad()
         loss.backward()
         for parameter in static.parameters():  # at t < 1e-6 a derivative may overflow
