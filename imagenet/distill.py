@@ -147,7 +147,7 @@ COMMON = {
 DX = Settings(policy="dx", dropout=0.0, **COMMON | {"iterations": 40_000})
 TINY = Settings(
     teacher="tiny", guidance=2.5, guidance_interval=(0.0, 0.8), components=16, iterations=5000,
-    batch=32, micro_batch=32, num_intermediates=1, query_times="stratified", min_query_time=0.068,
+    batch=32, micro_batch=16, num_intermediates=1, query_times="stratified", min_query_time=0.068,
     total_substeps=6, sample_substeps=3, solver="deis", time_weight=0.25, lr=2e-3,
     lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0, bf16=False,
     tf32=False, checkpointing=False, save_every=500, eval_every=1000,
