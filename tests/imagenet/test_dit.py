@@ -5,10 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from fake_cuda import needs_fake_cuda
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.teachers import guided_velocity
 from imagenet.checkpoints import init_student_from_teacher
 from imagenet.dit import PRESETS, DiT, DiTConfig, dit_student, guided_teacher
 from piflow_minimal import DXPolicy, GMFlowPolicy, pi_id_loss
@@ -56,10 +53,6 @@ def test_a_new_network_predicts_zero_and_takes_any_square_size():
     for size in (2, 14, 32):
         x, t, labels = inputs(2, size)
         assert torch.equal(DiT(SMALL)(x, t, labels), torch.zeros_like(x))
-    x, t, labels = inputs()
-    for wrong in (x[..., :6], x[:, :3], x[..., :7, :7]):
-        with pytest.raises(ValueError, match="x has the shape"):
-            DiT(SMALL)(wrong, t, labels)
 
 
 def test_samples_of_a_batch_do_not_touch_each_other():
@@ -91,21 +84,6 @@ def test_logstd_does_not_reach_the_embedding():
     assert net.y_embedder.embedding_table.weight.grad is None
 
 
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"head": "euler"}, "head"),
-        ({"components": 2}, "components"),
-        ({"head": "dx", "components": 0}, "components"),
-        ({"num_heads": 5}, "num_heads"),
-        ({"latent_size": 9}, "latent_size is 9"),
-    ],
-)
-def test_impossible_networks_are_refused(changes, named):
-    with pytest.raises(ValueError, match=named):
-        DiT(dataclasses.replace(SMALL, **changes))
-
-
 # -- students ---------------------------------------------------------------------------------
 
 
@@ -125,16 +103,12 @@ def test_components_separate_only_because_of_the_noise(noise):
     assert spread > 1e-2 if noise else spread < 1e-5
 
 
-def test_students_give_policies_and_teachers_are_refused():
+def test_students_give_policies():
     x, t, labels = inputs()
     gm = dit_student(random_net(head="gmflow", components=2), labels)(x, t)
     dx = dit_student(random_net(head="dx", components=2), labels, 0.5, 3.2)(x, t)
     assert isinstance(gm, GMFlowPolicy) and isinstance(dx, DXPolicy)
     assert (dx.segment_size, dx.shift) == (0.5, 3.2)
-    with pytest.raises(ValueError, match="velocity"):
-        dit_student(random_net(), labels)
-    with pytest.raises(ValueError, match="velocity"):
-        init_student_from_teacher(random_net(head="dx", components=2), "gmflow", 4)
 
 
 # -- guidance ------------------------------------------------------------------------------------
@@ -157,31 +131,6 @@ def test_guided_teacher_is_one_batched_call_and_the_formula():
     assert close(twice, expected.repeat(2, 1, 1, 1), 1e-5) and sizes[3] == 10
 
 
-def test_orthogonal_guidance_is_that_of_all_rows():
-    net, (x, t, labels) = random_net(), inputs()
-    with torch.no_grad():
-        cond, uncond = net(x, t, labels), net(x, t, torch.full_like(labels, 10))
-    expected = guided_velocity(cond, uncond, 3.0, t, (0.2, 0.8), x, 0.7)
-    assert close(guided_teacher(net, labels, 3.0, (0.2, 0.8), 0.7)(x, t), expected, 1e-5)
-
-
-@needs_fake_cuda
-@pytest.mark.parametrize("known", [False, True])
-def test_guided_teacher_on_a_gpu_leaves_rows_out_by_host_times(known):
-    """A fake GPU raises on every device sync; without host times both branches are whole."""
-    sizes = []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        net, x = DiT(SMALL).eval(), torch.randn(3, 4, 8, 8)
-        net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-        labels = torch.zeros(3, dtype=torch.long)
-        host = np.array([1.0, 0.5, 0.2])
-        times = iter([host, host]) if known else None
-        teacher = guided_teacher(net, labels, 2.5, (0.0, 0.8), times=times)
-        for _ in range(2):
-            assert teacher(x, torch.rand(3)).shape == x.shape
-    assert sizes == [5, 5] if known else [6, 6]
-
-
 # -- kinds of arguments --------------------------------------------------------------------------
 
 
@@ -202,11 +151,9 @@ def test_kinds_of_times_and_labels(t, labels):
     assert torch.equal(net(x.double(), t, labels), expected)
 
 
-def test_an_integer_time_and_float_labels():
+def test_an_integer_time():
     net, (x, _, labels) = random_net(), inputs()
     assert torch.equal(net(x, 1, labels), net(x, torch.ones(3), labels))
-    with pytest.raises(ValueError, match="labels are torch.float32; they must be integers"):
-        net(x, 1, labels.float())
 
 
 def test_positions_follow_the_weights_dtype_and_the_size():
