@@ -8,6 +8,9 @@ shapes do not tell, and how a student is sampled, stands as `DiTConfig` in every
 writes: student.safetensors has it in its header, checkpoints/step_*.pt under the key "export".
 """
 
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m imagenet.checkpoints")
+
 import argparse
 import contextlib
 import dataclasses
@@ -28,9 +31,6 @@ from common.files import is_remote, join, reading, writing
 from common.heads import repeat_head
 from imagenet.dit import INITIAL_STD, PIXELS, VAE, DiT, DiTConfig, position_features
 from imagenet.layouts import VELOCITIES, infer_config, to_ours, to_published
-
-if not __package__:
-    raise SystemExit("start it in the repository's root: python -m imagenet.checkpoints")
 
 
 class Source(NamedTuple):
