@@ -188,8 +188,6 @@ def read_settings(
     if s.fid_every and (not s.eval_every or s.fid_every % s.eval_every):
         given = f"--fid-every is {s.fid_every}"
         raise ValueError(f"{given}; it must be a multiple of --picture-every, {s.eval_every}")
-    if s.fid_every and s.reference:
-        metrics.check_reference(s.reference)
     return s
 
 
@@ -372,10 +370,8 @@ class FrechetEval:
             self.features = lambda images: fashion.extract(known.net, images)[0]
             return
         inception = frechet.load_inception(s.inception, device)
-        images, known = metrics.read_reference(s.reference)
-        if known is None:
-            known = frechet.moments(frechet.inception_features(inception, images, device)[0])
-        self.name, self.moments = "fid", known
+        reference = metrics.load_reference(s.reference, inception, device)
+        self.name, self.moments = "fid", (reference.mean, reference.covariance)
         self.features = lambda images: inception(
             to_pixels(images).permute(0, 3, 1, 2).to(device)
         )[0]  # fmt: skip
