@@ -157,10 +157,8 @@ def resolve_settings(settings: Settings, net: DiT) -> Settings:
         Path(settings.model).is_dir() or is_remote(settings.model)
     ):
         run = read_json(join(settings.model, "config.json"))
-    given = {
-        "--h": settings.h, "--temperature": settings.temperature, "--solver": settings.solver,
-        "--total-substeps": settings.total_substeps, "--compile": settings.compile,
-    }  # fmt: skip
+    given = {"--h": settings.h, "--temperature": settings.temperature}
+    given |= {"--solver": settings.solver, "--compile": settings.compile}
     wrong = [flag for flag, value in given.items() if value and is_teacher]
     if wrong:
         raise ValueError(f"{wrong[0]} is for students; {settings.model} is a teacher")

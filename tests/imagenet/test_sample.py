@@ -1,4 +1,4 @@
-"""imagenet.sample: seeds, parts, layouts, metrics against their definitions."""
+"""imagenet.sample: seeds, processes, layouts, metrics against their definitions."""
 
 import dataclasses
 import json
@@ -10,9 +10,9 @@ import pytest
 import torch
 from two_processes import run_two
 
-import imagenet.distributed as runs
 import imagenet.sample as sampling
 from common import fashion
+from common.files import writing
 from common.teachers import integrate_teacher
 from imagenet import checkpoints
 from imagenet.checkpoints import init_student_from_teacher, load_dit, save_dit
@@ -32,6 +32,13 @@ def small_net(head: str = "velocity", components: int = 1) -> DiT:
     return net.eval().requires_grad_(False)
 
 
+def run_student() -> DiT:
+    """What a run of two evaluations writes: its file states how it is sampled."""
+    net = small_net("dx", 4)
+    net.config = dataclasses.replace(net.config, nfe=2, solver="exact", total_substeps=24)
+    return net
+
+
 @pytest.fixture(autouse=True)
 def no_vae(monkeypatch):
     """Latents of five classes are no Fashion-MNIST: a VAE would be loaded. Here they are images."""
@@ -48,10 +55,9 @@ def files(tmp_path) -> dict[str, str]:
     teacher, student = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
     save_dit(small_net(), teacher)
     save_dit(small_net("gmflow", 3), student)
-    run = {"nfe": 2, "teacher": str(teacher), "guidance": 1.5}
-    run |= {"guidance_interval": [0.0, 0.5], "solver": "exact", "total_substeps": 24}
+    run = {"teacher": str(teacher), "guidance": 1.5, "guidance_interval": [0.0, 0.5]}
     folder = tmp_path / "run"
-    save_dit(small_net("dx", 4), folder / "student.safetensors")
+    save_dit(run_student(), folder / "student.safetensors")
     (folder / "config.json").write_text(json.dumps(run))
     return {"teacher": str(teacher), "student": str(student), "run": str(folder)}
 
@@ -76,35 +82,49 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def resolved(model: str, net: DiT, *options: str) -> sampling.Settings:
-    return sampling.resolve_settings(sampling.parse_settings([model, *options]), net, CPU)
+    return sampling.resolve_settings(sampling.parse_settings([model, *options]), net)
 
 
-def test_image_i_is_drawn_from_seed_plus_i(files):
-    net, labels = small_net("gmflow", 3), [0, 1, 2, 3, 4, 0, 1]
-    settings = resolved(files["student"], net, "--seed", "40")
-    noise, _ = sampling.noise_of(settings, range(2, 5), net)
-    for row, seed in zip(noise, (42, 43, 44), strict=True):
-        torch.manual_seed(seed)
-        assert torch.equal(row, torch.randn(4, 4, 4))
-    assert sampling.labels_of(settings, range(7), net).tolist() == labels
+def seeded_noise(seed: int) -> torch.Tensor:
+    return torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_image_i_is_drawn_from_the_seed_i(files):
+    net = small_net("gmflow", 3)
+    settings = resolved(files["student"], net)
+    noise, labels, _ = sampling.draws(settings, net, range(2, 9))
+    assert all(torch.equal(noise[i], seeded_noise(2 + i)) for i in range(7))
+    assert labels.tolist() == [2, 3, 4, 0, 1, 2, 3]
     settings = dataclasses.replace(settings, classes=(3, 1))
-    assert sampling.labels_of(settings, range(1, 4), net).tolist() == [1, 3, 1]
+    assert sampling.draws(settings, net, range(1, 4))[1].tolist() == [1, 3, 1]
+
+
+@pytest.mark.parametrize("labels", ["balanced", "published"])
+def test_noises_of_different_seeds_are_disjoint(files, labels):
+    """Also in the last images of the largest count: the CPU's generator keeps 32 bits of a seed."""
+    net, found = small_net("gmflow", 3), []
+    last = sampling.APART - sampling.PUBLISHED_OFFSET - 1
+    for seed in ("0", "1", "2", "2000"):
+        settings = resolved(files["student"], net, "--labels", labels, "--seed", seed)
+        for numbers in (range(50), range(1000, 1050), range(last - 50, last)):
+            found += list(sampling.draws(settings, net, numbers)[0].flatten(1))
+    assert len(torch.stack(found).unique(dim=0)) == len(found) == 600
+    assert sampling.APART * 2001 < 2**31
 
 
 def test_published_labels_and_noise(files, tmp_path):
     """Image i: randint(0, 1000) of a generator seeded with i, noise of one seeded with i + 1000."""
     net = DiT(dataclasses.replace(SMALL, num_classes=1000))
     settings = resolved(files["student"], net, "--labels", "published")
-    labels = sampling.labels_of(settings, range(50_000), net)
+    labels = sampling.draws(settings, net, range(50_000))[1]
     for i in (0, 1, 7, 49_999):
         generator = torch.Generator().manual_seed(i)
         assert labels[i] == torch.randint(0, 1000, (1,), generator=generator)
     counts = labels.bincount()
     assert (counts.min(), counts.max()) == (29, 80)  # the spread that the public evaluation has
-    noise, _ = sampling.noise_of(settings, range(3, 5), net)
+    noise, *_ = sampling.draws(settings, net, range(3, 5))
     for row, seed in zip(noise, (1003, 1004), strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        assert torch.equal(row, torch.randn(4, 4, 4, generator=generator))
+        assert torch.equal(row, seeded_noise(seed))
     sample(files["student"], tmp_path / "out", "--labels", "published")
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["labels"] == "published"
@@ -118,22 +138,10 @@ def test_published_labels_and_noise(files, tmp_path):
 def test_images_do_not_depend_on_the_batch(files, tmp_path, how):
     a = sample(files["student"], tmp_path / "a", *how)
     b = sample(files["student"], tmp_path / "b", "--batch", "7", *how)
-    shifted = sample(files["student"], tmp_path / "c", "--seed", "5", "--classes", "0", "1", *how)
-    assert a.std() > 20 and close(a, b)
-    assert close(a[5:7], shifted[:2])  # image 5 of seed 0, class 0, is image 0 of seed 5
-
-
-def test_images_do_not_depend_on_the_number_of_processes(files, tmp_path):
-    net = small_net("gmflow", 3)
-    settings = resolved(files["student"], net, "--batch", "2")
-    found = []
-    for world in (1, 2):
-        parts = sampling.Parts(tmp_path / str(world), 7, 2, "")
-        for rank in range(world):
-            place = (rank, world, CPU)
-            sampling.sample_parts(settings, net, None, lambda x: x[:, :3], parts, place)
-        found.append(sampling.gather(parts, tmp_path / f"{world}.npy")[0])
-    assert found[0].shape == (7, 4, 4, 3) and np.array_equal(*found)
+    later = sample(files["student"], tmp_path / "c", "--first", "5", *how)
+    other = sample(files["student"], tmp_path / "d", "--seed", "5", *how)
+    assert a.std() > 20 and close(a, b) and not close(a, other)
+    assert close(a[5:7], later[:2])
 
 
 @pytest.mark.slow
@@ -145,12 +153,13 @@ def test_two_processes_sample_what_one_does(tmp_path, monkeypatch):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     save_dit(net, tmp_path / "ten.safetensors")
-    argv = [str(tmp_path / "ten.safetensors"), "--pairs", "0", "--nfe", "2", "--count", "7"]
-    argv += ["--batch", "2", "--device", "cpu", "--npz", "--out"]
-    sampling.main([*argv, str(tmp_path / "one")])
-    run_two("imagenet.sample", [*argv, str(tmp_path / "two")])
-    one, two = (images(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 7 and len(np.unique(one.reshape(7, -1), axis=0)) == 7 and close(one, two)
+    argv = [str(tmp_path / "ten.safetensors"), "--nfe", "2", "--batch", "2", "--device", "cpu"]
+    for count in (7, 9, 1):  # the last round is short: of the second process, of both, of all
+        both = [*argv, "--count", str(count), "--npz", "--out"]
+        sampling.main([*both, str(tmp_path / f"one{count}")])
+        run_two("imagenet.sample", [*both, str(tmp_path / f"two{count}")])
+        one, two = (images(tmp_path / f"{name}{count}") for name in ("one", "two"))
+        assert len(np.unique(one.reshape(count, -1), axis=0)) == count and close(one, two)
 
 
 # -- what is sampled -------------------------------------------------------------------------------
@@ -159,8 +168,7 @@ def test_two_processes_sample_what_one_does(tmp_path, monkeypatch):
 def test_student_sample_is_the_policy_followed_to_the_end(files, tmp_path):
     pixels = sample(files["student"], tmp_path / "out")
     net, labels = small_net("gmflow", 3), torch.arange(7) % 5
-    noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i))
-                         for i in range(7)])  # fmt: skip
+    noise = torch.stack([seeded_noise(i) for i in range(7)])
     policy = GMFlowPolicy(net(noise, torch.ones(7), labels), noise, 1.0)
     x_0 = rollout(policy, noise, 1.0, 0.0, total_substeps=8)
     expected = ((x_0[:, :3].clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
@@ -212,7 +220,7 @@ def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):
     """Trained with two segments, sampled in four steps: each grid still spans one half."""
     pixels = sample(files["run"], tmp_path / "out", "--nfe", "4", "--pairs", "0")
     net, labels = small_net("dx", 4), torch.arange(7) % 5
-    noise, _ = sampling.noise_of(resolved(files["run"], net, "--pairs", "0"), range(7), net)
+    noise = torch.stack([seeded_noise(i) for i in range(7)])
 
     def student(x: torch.Tensor, t: torch.Tensor) -> DXPolicy:
         return DXPolicy(net(x, t, labels), x, t, segment_size=0.5)
@@ -225,7 +233,7 @@ def test_teacher_takes_guided_euler_steps(files, tmp_path, capsys):
     options = ["--nfe", "3", "--guidance", "2", "--guidance-interval", "0", "0.5"]
     pixels = sample(files["teacher"], tmp_path / "out", *options)
     net, labels = small_net(), torch.arange(7) % 5
-    x = sampling.noise_of(resolved(files["teacher"], net), range(7), net)[0]
+    x = torch.stack([seeded_noise(i) for i in range(7)])
     velocity = guided_teacher(net, labels, 2.0, (0, 0.5))
     for t in (1.0, 2 / 3, 1 / 3):
         x = x - velocity(x, torch.full((7,), t)) / 3
@@ -236,31 +244,37 @@ def test_teacher_takes_guided_euler_steps(files, tmp_path, capsys):
     assert "seconds_per_image" in capsys.readouterr().out
 
 
-def test_settings_come_from_the_run(files):
-    settings = resolved(files["run"], small_net("dx", 4), "--pairs", "2")
-    assert (settings.nfe, settings.trained_nfe, settings.solver) == (2, 2, "exact")
-    assert settings.total_substeps == 24
+def test_settings_come_from_the_file_and_the_run(files):
+    settings = resolved(files["run"], run_student(), "--pairs", "2")
+    assert (settings.nfe, settings.solver, settings.total_substeps) == (2, "exact", 24)
     assert (settings.guidance, settings.guidance_interval) == (1.5, (0.0, 0.5))
     assert settings.teacher == files["teacher"]
-    options = ["--pairs", "2", "--solver", "deis", "--total-substeps", "8"]
-    settings = resolved(files["run"], small_net("dx", 4), *options)
-    assert (settings.solver, settings.total_substeps) == ("deis", 8)
-    settings = resolved(files["student"], small_net("gmflow", 3))  # a file: as published
-    assert (settings.solver, settings.total_substeps) == ("euler", 128)
-    assert (settings.nfe, settings.trained_nfe) == (1, 1)
-    stated = {"solver": "deis", "total_substeps": 4, "nfe": 3}
-    net = DiT(dataclasses.replace(small_net("gmflow", 4).config, **stated))
-    settings = resolved(files["student"], net, "--pairs", "0")  # a file that states its rollout
-    assert (settings.solver, settings.total_substeps) == ("deis", 4)
-    assert (settings.nfe, settings.trained_nfe) == (3, 3)
+    options = ["--pairs", "2", "--solver", "deis", "--total-substeps", "8", "--nfe", "1"]
+    settings = resolved(files["run"], run_student(), *options)
+    assert (settings.nfe, settings.solver, settings.total_substeps) == (1, "deis", 8)
+    settings = resolved(files["student"], small_net("gmflow", 3))  # nothing stated: as published
+    assert (settings.nfe, settings.solver, settings.total_substeps) == (1, "euler", 128)
+    assert resolved(files["student"], small_net("dx", 3)).solver == "exact"
 
 
-def test_a_run_says_how_its_student_is_sampled(files, tmp_path):
-    """sample_substeps before total_substeps, which are those of the training."""
-    run = json.loads((Path(files["run"]) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(run | {"sample_substeps": 5}))
-    settings = resolved(str(tmp_path), small_net("dx", 4), "--pairs", "0")
-    assert settings.total_substeps == 5
+def test_every_file_of_a_run_is_sampled_alike(files, tmp_path):
+    """The folder, student.safetensors and checkpoints/step_*.pt state the same."""
+    net, run = run_student(), Path(files["run"])
+    trained = {key: value + 1 for key, value in net.state_dict().items()}
+    content = {"iteration": 20, "net": trained, "ema": net.state_dict(), "settings": {}}
+    content |= {"export": dataclasses.asdict(net.config)}
+    (run / "checkpoints").mkdir()
+    torch.save(content, run / "checkpoints/step_00000020.pt")
+    names = ("", "student.safetensors", "checkpoints/step_00000020.pt")
+    small = ["--count", "3", "--pairs", "0", "--device", "cpu", "--npz", "--out"]
+    found = []
+    for i, name in enumerate(names):
+        sampling.main([str(run / name), *small, str(tmp_path / str(i))])
+        found.append(images(tmp_path / str(i)))
+        settings = json.loads((tmp_path / str(i) / "metrics.json").read_text())["settings"]
+        stated = (settings["nfe"], settings["solver"], settings["total_substeps"])
+        assert stated == (2, "exact", 24)
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
 def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
@@ -273,7 +287,7 @@ def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
         for name in ("same", "other")
     )
     net, labels = small_net(), torch.arange(5)
-    noise = sampling.noise_of(resolved(files["teacher"], net), range(5), net)[0]
+    noise = torch.stack([seeded_noise(i) for i in range(5)])
     velocity = guided_teacher(net, labels)
     ends = [integrate_teacher(velocity, noise, steps) for steps in (2, 4)]
     assert same < 1e-6
@@ -283,7 +297,7 @@ def test_endpoint_error_is_the_distance_of_pairs(files, tmp_path):
 
 def test_remote_run(files, tmp_path):
     for name in ("config.json", "student.safetensors"):
-        with runs.writing(f"memory://bucket/dx/{name}") as temporary:
+        with writing(f"memory://bucket/dx/{name}") as temporary:
             temporary.write_bytes((tmp_path / "run" / name).read_bytes())
     remote = sample("memory://bucket/dx", tmp_path / "remote")
     assert np.array_equal(remote, sample(files["run"], tmp_path / "local"))
@@ -299,37 +313,8 @@ def test_npz_is_what_the_adm_suite_reads(files, tmp_path):
         assert file.files == ["arr_0", "arr_1"]
         assert file["arr_1"].tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "metrics.json", "parts", "samples.npz", "samples.png", "settings.json"
+        "metrics.json", "samples.npz", "samples.png"
     }  # fmt: skip
-
-
-def test_finished_parts_are_kept_and_damaged_ones_redone(files, tmp_path):
-    out = tmp_path / "out"
-    before = sample(files["student"], out)
-    parts = sorted((out / "parts").iterdir())
-    assert [part.name[5:13] for part in parts] == ["00000000", "00000003", "00000006"]
-    parts[1].unlink()
-    parts[2].write_bytes(parts[2].read_bytes()[:-30])
-    times = [part.stat().st_mtime_ns for part in (parts[0], parts[2])]
-    assert np.array_equal(sample(files["student"], out), before)
-    assert parts[0].stat().st_mtime_ns == times[0] and parts[2].stat().st_mtime_ns > times[1]
-    longer = sample(files["student"], tmp_path / "longer", "--count", "8")
-    assert close(longer[:7], before)
-
-
-def test_more_images_may_follow(files, tmp_path):
-    """Six images in two parts; then eight: the first two parts stay."""
-    out = tmp_path / "out"
-    first = sample(files["student"], out, "--count", "6")
-    more = sample(files["student"], out, "--count", "8")
-    assert len(more) == 8 and np.array_equal(more[:6], first)
-
-
-def test_other_settings_are_refused(files, tmp_path):
-    before = sample(files["student"], tmp_path)
-    with pytest.raises(ValueError, match="is of a run with seed = 0, this one has 1"):
-        sample(files["student"], tmp_path, "--seed", "1")
-    assert np.array_equal(images(tmp_path), before)
 
 
 @pytest.mark.parametrize(
@@ -337,25 +322,24 @@ def test_other_settings_are_refused(files, tmp_path):
     [
         (["--count", "0"], "--count is 0"),
         (["--guidance-interval", "0.5", "0.2"], "--guidance-interval is 0.5 0.2"),
+        (["--seed", "2001"], "--seed is 2001; it must be at least 0 and at most 2000"),
         (["--solver", "heun"], "--solver is 'heun'; choose one of euler, deis, exact"),
         (["--reference", "nowhere.npz"], "--reference nowhere.npz"),
         (["--classes", "5"], "--classes has 5; use 0 .. 4"),
         (["--classes", "1", "--labels", "published"], "leave out --classes"),
         (["--labels", "random"], "--labels is 'random'; choose one of balanced, published"),
         (["--pairs", "3"], "--pairs is 3; it needs --teacher"),
-        (["--iteration", "3"], "--iteration is 3; "),
         (["--h", "-1"], "--h is -1.0; it must be at least 0"),
         (["--h", "nan"], "--h is nan"),
         (["--temperature", "0"], "--temperature is 0.0"),
         (["--guidance", "nan"], "--guidance is nan"),
-        (["--solver", "exact"], "--solver is exact; it is of dx students"),
         (["--inception", "broken.pth", "--reference", "adm.npz"], "no file of its tensors"),
         (["--reference", "teacher.safetensors"], "is no readable .npz"),
         (["--reference", "empty.npz"], "neither images"),
         (["--reference", "adm.npz", "--count", "3"], "--count is 3; --reference needs at least 4"),
         (["--nfee", "1"], "unknown argument --nfee; did you mean --nfe?"),
-        (["--head", "velocity"], "head is 'velocity', its header says 'gmflow'"),
-        (["--dtype", "float16"], "--dtype is 'float16'; choose one of auto, float32, bfloat16"),
+        (["--head", "velocity"], "head is 'velocity', the file states 'gmflow'"),
+        (["--dtype", "float16"], "--dtype is 'float16'; choose one of float32, bfloat16"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, monkeypatch, given, named):
@@ -373,11 +357,10 @@ def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "model, given, named",
     [
-        ("teacher", ["--h", "1"], "--h is 1.0; it is of gmflow and dx students"),
-        ("teacher", ["--compile"], "--compile is True; it is of gmflow and dx students"),
-        ("teacher", ["--solver", "deis"], "--solver is deis; it is of gmflow and dx students"),
-        ("run", ["--temperature", "0.5"], "--temperature is 0.5; it is of gmflow students"),
-        ("student", ["--out", "s3://bucket/images"], "it must be a local folder"),
+        ("teacher", ["--h", "1"], "--h is for students; "),
+        ("teacher", ["--compile"], "--compile is for students; "),
+        ("teacher", ["--solver", "deis"], "--solver is for students; "),
+        ("run", ["--temperature", "0.5"], "--temperature is for gmflow students; "),
     ],
 )
 def test_settings_that_do_not_go_with_the_model(files, tmp_path, model, given, named):
@@ -390,14 +373,13 @@ def test_settings_that_do_not_go_with_the_model(files, tmp_path, model, given, n
 @pytest.mark.parametrize(
     "model, named",
     [
-        ("", "is not the folder of a run"),
+        ("", "no file ./student.safetensors"),
         ("nothing.safetensors", "no file nothing.safetensors"),
         ("empty.safetensors", "empty.safetensors is not a readable safetensors file"),
         ("text.safetensors", "text.safetensors is not a readable safetensors file"),
         ("empty.pt", "empty.pt is not a readable PyTorch checkpoint"),
         ("text.pt", "text.pt is not a readable PyTorch checkpoint"),
         ("image.png", "image.png is not a readable PyTorch checkpoint"),
-        ("broken_run", "broken_run/config.json is not readable JSON"),
         ("half_run", "no file half_run/student.safetensors"),
     ],
 )
@@ -407,12 +389,11 @@ def test_models_that_cannot_be_read_are_named(tmp_path, monkeypatch, model, name
         Path(name).touch()
     for name in ("text.safetensors", "text.pt", "image.png"):
         Path(name).write_bytes(b"\x89PNG no network, but long enough to be one")
-    for name, text in (("broken_run", "{"), ("half_run", '{"guidance_interval": [0, 1]}')):
-        Path(name).mkdir()
-        (Path(name) / "config.json").write_text(text)
+    Path("half_run").mkdir()
+    Path("half_run/config.json").write_text("{}")
     before = sorted(Path().rglob("*"))
     with pytest.raises((ValueError, OSError)) as error:
-        sampling.main([model, "--out", "out", "--device", "cpu"])
+        sampling.main([model or ".", "--out", "out", "--device", "cpu"])
     assert named in str(error.value) and sorted(Path().rglob("*")) == before
 
 
@@ -421,39 +402,6 @@ def test_an_out_that_is_a_file_is_left_alone(files, tmp_path):
     with pytest.raises(OSError, match="out"):
         sample(files["student"], tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
-        sampling.main([str(tmp_path), "--out", str(tmp_path / "out")])
-
-
-# -- stale images ----------------------------------------------------------------------------------
-
-
-def test_images_of_other_weights_are_not_used(files, tmp_path):
-    """The same file name with other weights: refused; without settings.json, sampled anew."""
-    out = tmp_path / "out"
-    before = sample(files["student"], out)
-    net = small_net("gmflow", 3)
-    net.final_layer.means.bias.data += 0.3
-    save_dit(net, files["student"])
-    with pytest.raises(ValueError, match=r"is of a run with weights = '\w+', this one has"):
-        sample(files["student"], out)
-    assert np.array_equal(images(out), before)
-    fresh = sample(files["student"], tmp_path / "fresh")
-    (out / "settings.json").unlink()
-    assert np.array_equal(sample(files["student"], out), fresh) and not close(fresh, before)
-
-
-def test_a_changed_teacher_of_the_pairs_is_noticed(files, tmp_path):
-    options = ["--pairs", "2", "--teacher", files["teacher"], "--teacher-steps", "2"]
-    sample(files["student"], tmp_path / "out", *options)
-    net = small_net()
-    net.final_layer.linear.bias.data += 0.3
-    save_dit(net, files["teacher"])
-    with pytest.raises(ValueError, match="is of a run with teacher_weights ="):
-        sample(files["student"], tmp_path / "out", *options)
 
 
 def test_default_folders_of_models_with_one_file_name_differ(files, monkeypatch, tmp_path):
@@ -466,26 +414,6 @@ def test_default_folders_of_models_with_one_file_name_differ(files, monkeypatch,
         "hub-gm_1step-diffusion_pytorch_model-gmflow-nfe1",
         "hub-gm_2step-diffusion_pytorch_model-gmflow-nfe1",
     }
-
-
-def test_a_checkpoint_of_a_run_is_sampled(files, tmp_path):
-    """--iteration takes the moving average of that checkpoint, stored in bfloat16 or float32."""
-    run, net = Path(files["run"]), small_net("dx", 4)
-    net.final_layer.linear.bias.data += 0.5
-    state = {key: value.bfloat16().float() for key, value in net.state_dict().items()}
-    (run / "checkpoints").mkdir()
-    for iteration, half in ((20, True), (40, False)):
-        ema = {key: value.bfloat16() if half else value for key, value in state.items()}
-        path = run / f"checkpoints/step_{iteration:08d}.pt"
-        torch.save({"iteration": iteration, "ema": ema}, path)
-    options = ["--pairs", "0", "--nfe", "1"]
-    found = [sample(run, tmp_path / i, "--iteration", i, *options) for i in ("20", "40")]
-    assert np.array_equal(*found) and not close(found[0], sample(run, tmp_path / "new", *options))
-    net.load_state_dict(state)
-    save_dit(net, run / "student.safetensors")
-    assert np.array_equal(found[0], sample(run, tmp_path / "same", *options))
-    with pytest.raises(FileNotFoundError, match="--iteration is 30; .* has kept 20, 40"):
-        sample(run, tmp_path / "none", "--iteration", "30")
 
 
 # -- not finite, precision -------------------------------------------------------------------------
@@ -502,13 +430,6 @@ def test_bfloat16_weights_give_nearly_the_same_images(files, tmp_path):
     plain = sample(files["student"], tmp_path / "a").astype(float)
     half = sample(files["student"], tmp_path / "b", "--dtype", "bfloat16").astype(float)
     assert 0 < abs(plain - half).mean() < 3
-    cuda = torch.device("cuda")
-    for name, dtypes in (("student", ("bfloat16", "float16")), ("tiny", ("float32", "float32"))):
-        net = small_net("gmflow", 3)
-        net.config = dataclasses.replace(net.config, decoder=PIXELS if name == "tiny" else "vae")
-        settings = sampling.parse_settings([files["student"]])
-        settings = sampling.resolve_settings(settings, net, cuda)
-        assert (settings.dtype, settings.vae_dtype) == dtypes
 
 
 # -- metrics --------------------------------------------------------------------------------------
