@@ -196,10 +196,10 @@ class DXPolicy:
         self.shift = shift
         self.mode = mode
         self.x0 = _upcast(x_src)[:, None] - _expand(self.t_src, v) * v  #         (B, N, C, *)
-        self.sample = torch.arange(b, device=v.device)  #  row of each sample     (B,)
+        self.row = torch.arange(b, device=v.device)  #  of each sample            (B,)
         self.tau_src = unshift_time(self.t_src, shift)
-        self.tau_end = (self.tau_src - _per_sample(segment_size, v)).clamp(min=0)
-        self.length = (self.tau_src - self.tau_end).clamp(min=EPS)
+        self.tau_dst = (self.tau_src - _per_sample(segment_size, v)).clamp(min=0)
+        self.length = (self.tau_src - self.tau_dst).clamp(min=EPS)
 
     def x0_hat(self, t: Time) -> Tensor:
         """The denoised state at noise level t. -> (B, C, *)."""
@@ -208,11 +208,11 @@ class DXPolicy:
         if self.mode == "polynomial":
             distance = _expand(self.tau_src - tau, self.x_src)
             return sum(distance**i * self.x0[:, i] for i in range(n))
-        place = ((tau - self.tau_end) / self.length).clamp(0, 1) * (n - 1)  #     (B,) in [0, N - 1]
+        place = ((tau - self.tau_dst) / self.length).clamp(0, 1) * (n - 1)  #     (B,) in [0, N - 1]
         left = place.long().clamp(max=max(n - 2, 0))
         right = (left + 1).clamp(max=n - 1)
-        low = self.x0[self.sample, left]
-        high = self.x0[self.sample, right]
+        low = self.x0[self.row, left]
+        high = self.x0[self.row, right]
         return torch.lerp(low, high, _expand(place - left, low))
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
@@ -237,14 +237,13 @@ class DXPolicy:
 
         pieces = self.x0.shape[1] - 1
         grid = torch.linspace(0, 1, pieces + 1, device=t.device, dtype=t.dtype)[:, None]
-        grid = self.tau_end + grid * self.length  #                               (N, B)
-        grid = grid.minimum(tau).maximum(tau_end)  #  pieces outside get log 1 = 0
-        logs = grid.log().diff(dim=0) * pieces / self.length  #  log_j per rise   (N - 1, B)
-        logs = logs.T.reshape(len(x), pieces, *[1] * (x.ndim - 1))
-        rises = self.x0.diff(dim=1)  #                                            (B, N - 1, C, *)
-
-        integral = self.x0_hat(t_end) / _expand(tau_end, x) - self.x0_hat(t) / _expand(tau, x)
-        integral = integral + (logs * rises).sum(1)  #                            (B, C, *)
+        grid = self.tau_dst + grid * self.length  #                               (N, B)
+        grid = grid.minimum(tau).maximum(tau_end)  #  a piece outside gets log 1 = 0
+        logs = grid.log().diff(dim=0).T  #                                        (B, N - 1)
+        weights = logs * pieces / self.length[:, None]  #  slope_j log_j = rise_j weight_j
+        weights = weights.reshape(*weights.shape, *[1] * (x.ndim - 1))
+        integral = (weights * self.x0.diff(dim=1)).sum(1)  #                      (B, C, *)
+        integral += self.x0_hat(t_end) / _expand(tau_end, x) - self.x0_hat(t) / _expand(tau, x)
         return _expand(t_end / t, x) * _upcast(x) + _expand(t_end / self.shift, x) * integral
 
     def detach(self) -> "DXPolicy":
@@ -297,33 +296,32 @@ def _substeps(stops: Tensor, shift: float, total_substeps: int, solver: str,
               longest: float | None) -> tuple[Tensor, Tensor]:
     """When the solver steps. stops: (P + 2, B) raw times, descending.
 
-    Each sample cuts each gap between two stops into substeps, equal in z = tau (Euler) or
-    z = t^(1/1.5) (DEIS: denser near data), as many as the gap's length asks for. A sample that is
-    at its end waits there.
-    Returns: t (steps + 1, B) noise levels; reached (steps, P, B): substep i ends at stop p + 1.
+    Each sample cuts each gap between its stops into n equal substeps of z = tau (Euler) or of
+    z = t^(1/1.5) (DEIS: denser near data), and waits at its last stop until the others are there.
+    Returns: t (steps + 1, B) noise levels; reached (steps, P, B): does substep i end at stop p + 1?
     """
     if solver == "exact":  #  one step for each gap
         reached = torch.eye(len(stops) - 1, len(stops) - 2, device=stops.device).bool()
         return shift_time(stops, shift), reached[..., None]
-    z = stops
-    per_z = total_substeps
-    if solver == "deis":  #  as many in all as Euler takes
+    if solver == "euler":
+        z = stops
+        substeps_per_z = total_substeps
+    else:  #  as many in all as Euler takes
         z = shift_time(stops, shift) ** (1 / 1.5)
         in_all = _round_up((stops[0] - stops[-1]) * total_substeps)
-        per_z = in_all / (z[0] - z[-1]).clamp(min=EPS)
+        substeps_per_z = in_all / (z[0] - z[-1]).clamp(min=EPS)
     gap = z[:-1] - z[1:]  #                                                       (P + 1, B)
-    n = _round_up(gap * per_z)  #  substeps in each gap
-    arrival = n.cumsum(0)  #  substeps until the end of each gap
-
+    n = _round_up(gap * substeps_per_z)
+    arrival = n.cumsum(0)  #  substeps from the start to the end of each gap
     if longest is None:
         steps = int(max(arrival[-1].tolist(), default=1))
     else:
         steps = max(1, math.ceil(longest * total_substeps - 1e-4)) + len(gap) - 1
-    step = torch.arange(steps + 1, device=stops.device)[:, None, None]
-    done = ((step - (arrival - n)) / n).clamp(0, 1)  #  share of each gap  (steps + 1, P + 1, B)
+    i = torch.arange(steps + 1, device=stops.device)[:, None, None]
+    done = ((i - (arrival - n)) / n).clamp(0, 1)  #  share of each gap     (steps + 1, P + 1, B)
     z = (z[0] - (gap * done).sum(1)).clamp(min=0)  #                              (steps + 1, B)
     t = z**1.5 if solver == "deis" else shift_time(z, shift)
-    return t, arrival[:-1] == step[1:]
+    return t, arrival[:-1] == i[1:]
 
 
 def _round_up(substeps: Tensor) -> Tensor:
@@ -410,17 +408,18 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
         detached = detached.dropout(dropout, generator)
     options = {"shift": shift, "total_substeps": total_substeps, "solver": solver, "longest": None}
     bounded = x.device.type != "cpu" and isinstance(segment_size, int | float)
-    if bounded:  #  forces no device sync
+    if bounded:  #  to count the substeps would force a device sync
         options["longest"] = segment_size
 
-    # 1. When: the teacher is queried at tau_a; its Euler step, for r > 0, ends at tau_b.
+    # 1. When: the teacher is queried at tau_a, and its Euler step ends at tau_b. Of what the window
+    # leaves of the segment the policy has covered (1 - r) place by then, and the teacher r cuts.
     if uniforms is None:
         uniforms = [_draw(torch.rand, (len(x), n), x, generator) for n in (M, M - 1)]
     if callable(uniforms):
         uniforms = uniforms(tau, segment)
     place, cuts = (draws.to(x).T.sort(0).values for draws in uniforms)  #         (M, B), (M - 1, B)
     zero = torch.zeros_like(tau)[None]
-    cuts = torch.cat([zero, cuts, zero + 1])  #  of the teacher's share           (M + 1, B)
+    cuts = torch.cat([zero, cuts, zero + 1])  #                                   (M + 1, B)
     window = window_substeps * segment / (segment * total_substeps).round().clamp(min=1)
     window = window.minimum(segment)
     tau_a = tau - (segment - window) * ((1 - r) * place + r * cuts[:-1])  #       (M, B)
