@@ -35,7 +35,7 @@ from common.cli import DEVICE_HELP, parse, run_cli, setting
 from common.files import read_json, remove_leftovers, write_json, writing
 from common.fingerprint import fingerprint
 from common.images import HIDDEN, list_images, read_image, square
-from common.train import from_first, processes
+from common.processes import from_first, processes
 from imagenet import checkpoints
 from imagenet.dit import LATENT_SCALE, VAE, DiTConfig
 

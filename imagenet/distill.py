@@ -369,8 +369,7 @@ class FrechetEval:
             self.name, self.moments = "frechet_distance", (known.mean, known.covariance)
             self.features = lambda images: fashion.extract(known.net, images)[0]
             return
-        inception = frechet.load_inception(s.inception, device)
-        reference = metrics.load_reference(s.reference, inception, device)
+        inception, reference = metrics.open_reference(s.reference, s.inception, device)
         self.name, self.moments = "fid", (reference.mean, reference.covariance)
         self.features = lambda images: inception(
             to_pixels(images).permute(0, 3, 1, 2).to(device)

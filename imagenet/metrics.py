@@ -15,13 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.frechet import (
-    FEATURES,
-    full_precision,
-    gaussian_distance,
-    inception_features,
-    moments,
-)
+from common import frechet
+from common.frechet import FEATURES, full_precision, gaussian_distance, inception_features, moments
 from common.images import list_images, read_image
 
 NEIGHBOURS = 3
@@ -37,20 +32,24 @@ class Reference(NamedTuple):
     covariance: Tensor  # (2048, 2048)
 
 
-def load_reference(path: str | Path, inception: Callable, device: torch.device) -> Reference:
-    """Reads a folder of images of one size, or an .npz: images (arr_0: uint8 (n, H, W, 3)),
-    statistics (mu (2048,), sigma (2048, 2048)) or both. inception: of `load_inception`.
+def open_reference(
+    path: str | Path, weights: str | Path | None, device: torch.device
+) -> tuple[Callable, Reference]:
+    """The Inception network of `load_inception`, and what a folder or .npz holds.
 
+    path: a folder of images of one size, or an .npz with images (arr_0: uint8 (n, H, W, 3)),
+        statistics (mu (2048,), sigma (2048, 2048)) or both.
     Raises: FileNotFoundError or ValueError, with the file's name, for what is something else.
     """
     if Path(path).is_dir():
         images, known = read_folder(path), None
     else:
         images, known = read_npz(path)
+    inception = frechet.load_inception(weights, device)
     features = None
     if images is not None:
         features, _ = inception_features(inception, images, device)
-    return Reference(features, *(known or moments(features)))
+    return inception, Reference(features, *(known or moments(features)))
 
 
 def read_folder(folder: str | Path) -> Iterator[Tensor]:

@@ -39,12 +39,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common import fashion, frechet
+from common import fashion
 from common.cli import DEVICE_HELP, compiled_policies, keep_freed_memory, parse, run_cli, setting
 from common.files import is_remote, join, read_json, write_json, writing
 from common.plots import image_rows, save_figure, save_image_grid
+from common.processes import Place, processes
 from common.teachers import endpoint_rmse, integrate_teacher
-from common.train import Place, processes
 from imagenet import checkpoints, metrics
 from imagenet.checkpoints import TEACHERS, Source, load_dit, to_pixels
 from imagenet.dit import PIXELS, DiT, dit_student, guided_teacher
@@ -243,22 +243,20 @@ def draws(
 def sampler(net: DiT, settings: Settings) -> Sampler:
     """-> (noise (B, C, H, W), labels (B,), a generator per image) -> x_0, by `nfe` evaluations.
 
-    A guided step of a teacher counts as one, though it is two evaluations of its network. Students
-    with h > 0 add noise, of the image's own generator: they sample one image after the other.
+    A guided step of a teacher counts as one, though it is two evaluations of its network. The
+    noise of h > 0 comes from the image's own generator.
     """
-    options = {"h": settings.h, "temperature": settings.temperature or 1.0}
-    options |= {"total_substeps": settings.total_substeps, "solver": settings.solver}
 
     def sample_teacher(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
         teacher = guided_teacher(net, labels, settings.guidance, settings.guidance_interval)
         return integrate_teacher(teacher, noise, settings.nfe)
 
     def sample_student(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
-        if settings.h and len(noise) > 1:
-            rows = zip(noise.split(1), labels.split(1), generators, strict=True)
-            return torch.cat([sample_student(*row[:2], [row[2]]) for row in rows])
-        student = dit_student(net, labels, 1 / (net.config.nfe or 1))
-        return sample(student, noise, settings.nfe, generator=generators[0], **options)
+        return sample(
+            dit_student(net, labels, segment_size=1 / (net.config.nfe or 1)), noise, settings.nfe,
+            h=settings.h, temperature=settings.temperature or 1.0, generator=generators,
+            total_substeps=settings.total_substeps, solver=settings.solver,
+        )  # fmt: skip
 
     return sample_teacher if net.config.head == "velocity" else sample_student
 
@@ -365,8 +363,9 @@ def main(argv: list[str] | None = None) -> None:
                 other = Settings(model=settings.teacher)
                 teacher = open_model(other, device).to(dtype)
             if settings.reference:
-                inception = frechet.load_inception(settings.inception, device)
-                reference = metrics.load_reference(settings.reference, inception, device)
+                inception, reference = metrics.open_reference(
+                    settings.reference, settings.inception, device
+                )
             settings.out.mkdir(parents=True, exist_ok=True)
         with compiled_policies(settings.compile):
             images, seconds = sample_images(settings, net, decode, place)

@@ -97,11 +97,11 @@ def test_inception_metrics(tmp_path, monkeypatch):
         Image.fromarray(image).save(tmp_path / "images" / f"{i:02d}.png")
 
     def measure(name: str) -> dict:
-        reference = metrics.load_reference(tmp_path / name, stand_in_inception, CPU)
-        images = torch.from_numpy(ours)
-        return metrics.imagenet_metrics(stand_in_inception, images, reference, CPU)
+        inception, reference = metrics.open_reference(tmp_path / name, None, CPU)
+        return metrics.imagenet_metrics(inception, torch.from_numpy(ours), reference, CPU)
 
     monkeypatch.setattr(metrics, "FEATURES", 6)
+    monkeypatch.setattr(frechet, "load_inception", lambda *_: stand_in_inception)
     found = measure("images.npz")
     monkeypatch.setattr(metrics, "BATCH", 16)
     folder = measure("images")
@@ -153,7 +153,8 @@ def test_what_is_not_finite_is_an_error():
 # -- references ------------------------------------------------------------------------------------
 
 
-def test_reference_layouts(tmp_path):
+def test_reference_layouts(tmp_path, monkeypatch):
+    monkeypatch.setattr(frechet, "load_inception", lambda *_: stand_in_inception)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     for i, name in enumerate(("a.png", "b.PNG", "sub/c.png", "sub/d.Png")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -169,13 +170,13 @@ def test_reference_layouts(tmp_path):
     assert [part.shape for part in statistics] == [(2048,), (2048, 2048)]
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="nothing holds no image"):
-        metrics.load_reference(tmp_path / "nothing", stand_in_inception, CPU)
+        metrics.open_reference(tmp_path / "nothing", None, CPU)
     Image.new("RGB", (8, 9)).save(tmp_path / "e.png")
     with pytest.raises(ValueError, match="a.png is 8 x 8, .*e.png is 8 x 9; all images must be"):
-        metrics.load_reference(tmp_path, stand_in_inception, CPU)
+        metrics.open_reference(tmp_path, None, CPU)
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="a.png cannot be read as an image"):
-        metrics.load_reference(tmp_path, stand_in_inception, CPU)
+        metrics.open_reference(tmp_path, None, CPU)
 
 
 @pytest.mark.parametrize(
