@@ -1,7 +1,7 @@
 """Figures, in the same style everywhere.
 
     figure, axes = new_figure(1, 2, size=(8.6, 3.3))
-    axes[0].plot(x, y, color=COLORS["gmflow"])
+    axes[0].plot(t, error, **LINES["gmflow"], label="GMFlow")
     save_figure(figure, "curve.png")
 
 Figures have an Agg canvas of their own: neither pyplot nor a display nor MPLBACKEND is involved, so
@@ -11,6 +11,7 @@ that the setting of a notebook or desktop cannot end a script. `display(figure)`
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import atomic
+from common.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,12 +29,20 @@ if TYPE_CHECKING:
 
 # Colours of Okabe and Ito, which every kind of colour vision tells apart.
 BLUE, VERMILION, ORANGE, GREEN = "#0072b2", "#d55e00", "#e69f00", "#009e73"
-SKY, PINK, GREY = "#56b4e9", "#cc79a7", "#7f7f7f"
-COLORS = {"gmflow": BLUE, "dx": VERMILION, "teacher": GREY}
+SKY, PINK, GREY, LIGHT = "#56b4e9", "#cc79a7", "#7f7f7f", "#d0d0d0"
+
+# One colour and one line style for one thing, in every figure.
+COLORS = {"teacher": GREY, "gmflow": BLUE, "dx": VERMILION, "data": LIGHT}
+LINES = {
+    "teacher": {"color": GREY, "linestyle": "--"},
+    "gmflow": {"color": BLUE, "linestyle": "-"},
+    "dx": {"color": VERMILION, "linestyle": "-."},
+}
 DPI = 120
+FINE = 200  # dpi of a notebook's figure with four or more panels
 STYLE = {
     "font.size": 10,
-    "axes.titlesize": 10,
+    "axes.titlesize": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -48,16 +57,21 @@ def new_figure(
 ) -> tuple["Figure", Any]:
     """A figure of `size` inches and its axes, as `Figure.subplots` returns them.
 
-    options: of `Figure.subplots` (sharex, squeeze, gridspec_kw, ...). rows=0: no axes, None.
+    options: of `Figure.subplots` (sharex, squeeze, width_ratios, ...).
     """
-    matplotlib = _matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = _empty_figure(size)
+    with _matplotlib().rc_context(STYLE):
+        return figure, figure.subplots(rows, columns, **options)
 
-    with matplotlib.rc_context(STYLE):
+
+def _empty_figure(size: tuple[float, float]) -> "Figure":
+    with _matplotlib().rc_context(STYLE):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns, **options) if rows else None
+        return figure
 
 
 def _matplotlib() -> ModuleType:
@@ -74,8 +88,16 @@ def _matplotlib() -> ModuleType:
 
 def save_figure(figure: "Figure", path: str | Path, dpi: int = DPI) -> None:
     """Writes a figure, atomically; the suffix chooses the format."""
-    with atomic(path) as temporary:
+    with writing(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
+
+
+def plain(text: str) -> str:
+    """A user's text as a title or label: dollar signs do not start mathematics."""
+    return text.replace("$", r"\$")
+
+
+# ---- Images --------------------------------------------------------------------------------------
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -83,29 +105,44 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def show_image(axis: "Axes", image: Tensor | np.ndarray, title: str = "") -> None:
-    """One image without ticks: uint8 (H, W, 1 or 3), or a Tensor (1 or 3, H, W) in [-1, 1]."""
-    if isinstance(image, Tensor) and image.dtype != torch.uint8:
-        image = to_uint8(image).permute(1, 2, 0)
-    axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
-    axis.set(title=title, xticks=[], yticks=[])
-    axis.grid(False)
-    axis.spines[:].set_visible(False)
+def image_rows(
+    rows: Mapping[str, Sequence], title: str = "", columns: Sequence[str] = ()
+) -> "Figure":
+    """A labelled row of images for every entry, all of one size; columns: labels on top.
 
-
-def image_rows(rows: Mapping[str, Sequence], title: str = "") -> "Figure":
-    """A labelled row of images for every entry; what an image may be: see `show_image`."""
+    An image is uint8 (H, W, 1 or 3), or a Tensor (1 or 3, H, W) in [-1, 1].
+    """
     count = len(next(iter(rows.values())))
-    size = (8.6, 0.4 + 8.6 / count * 1.05 * len(rows) + 0.22 * len(rows))
-    figure, axes = new_figure(len(rows), count, size, squeeze=False)
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, images, strict=True):
-            show_image(axis, image)
-        place = {"transform": line[0].transAxes, "va": "bottom"}
-        line[0].text(0, 1.04, label, **place).set_in_layout(False)  # it may be wider than an image
-    figure.get_layout_engine().set(h_pad=0.14)  # inches, room for the labels
+    side = min(2.0, 7.1 / count)  # inches of an image
+    figure, axis = new_figure(size=(1.5 + side * count, 0.5 + side * len(rows)))
+    _draw_board(axis, rows, columns)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _draw_board(axis: "Axes", rows: Mapping[str, Sequence], columns: Sequence[str]) -> None:
+    """All images of `image_rows` in one picture, white between, labels at the left and on top."""
+    lines = []
+    for images in rows.values():
+        tiles = [np.pad(_pixels(x), ((1, 1), (1, 1), (0, 0)), constant_values=255) for x in images]
+        lines.append(np.concatenate(tiles, axis=1))
+    height, width, _ = tiles[0].shape
+    axis.imshow(np.concatenate(lines))
+    names = [name if "\n" in name else textwrap.fill(name, 18) for name in rows]
+    above = [textwrap.fill(name, 12) for name in columns]
+    axis.set_yticks([height * (i + 0.5) for i in range(len(names))], names)
+    axis.set_xticks([width * (i + 0.5) for i in range(len(above))], above)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    axis.grid(False)
+
+
+def _pixels(image: Tensor | np.ndarray) -> np.ndarray:
+    """-> uint8 (H, W, 3)."""
+    if isinstance(image, Tensor) and image.dtype != torch.uint8:
+        image = to_uint8(image).permute(1, 2, 0)
+    pixels = np.asarray(image)
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def save_image_grid(images: Tensor, path: str | Path, columns: int, padding: int = 2) -> None:
@@ -113,7 +150,7 @@ def save_image_grid(images: Tensor, path: str | Path, columns: int, padding: int
     from torchvision.utils import make_grid, save_image
 
     grid = make_grid(images.float() / 255, nrow=columns, padding=padding, pad_value=1.0)
-    with atomic(path) as temporary:
+    with writing(path) as temporary:
         save_image(grid, temporary)
 
 
@@ -164,26 +201,15 @@ def notebook_style() -> None:
     import matplotlib.pyplot as plt
 
     plt.switch_backend(plt.get_backend())  # else figures without pyplot are shown as text
-    plt.rcParams.update(STYLE | {"figure.dpi": 110, "figure.constrained_layout.use": True})
+    more = {"font.size": 13, "figure.dpi": 110, "figure.constrained_layout.use": True}
+    plt.rcParams.update(STYLE | more)
 
 
-def image_board(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> None:
-    """A labelled line of images, (n, 1, H, W) in [-1, 1], for every entry, in one picture."""
-    import matplotlib.pyplot as plt
+def image_board(rows: Mapping[str, Sequence], columns: Sequence[str] = ()) -> None:
+    """Shows `image_rows` in a notebook."""
+    from IPython.display import display
 
-    board = torch.stack(list(rows.values()))[:, :, 0]  #                          (lines, n, H, W)
-    board = torch.nn.functional.pad(board, (1, 1, 1, 1), value=1.0)
-    lines, count, height, width = board.shape
-    size = min(0.95, 4.5 / lines)  # inches of an image
-    figure, axis = plt.subplots(figsize=(2.2 + size * count, 0.4 + size * lines))
-    board = board.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1)
-    axis.imshow(board, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    axis.set_yticks([height * (i + 0.5) for i in range(lines)], list(rows))
-    axis.set_xticks([width * (i + 0.5) for i in range(len(columns))], list(columns))
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.spines[:].set_visible(False)
-    axis.grid(False)
-    plt.show()
+    display(image_rows(rows, columns=columns))
 
 
 def draw_field(axis: "Axes", velocity, t: float, limit: float = 3.0, color: Any = GREY) -> None:
@@ -191,11 +217,12 @@ def draw_field(axis: "Axes", velocity, t: float, limit: float = 3.0, color: Any 
 
     velocity: (x (B, 2), t (B,)) -> u (B, 2).
     """
-    line = torch.linspace(-limit, limit, 17)
-    x = torch.cartesian_prod(line, line)  #                                       (289, 2)
+    line = torch.linspace(-0.9 * limit, 0.9 * limit, 15)
+    x = torch.cartesian_prod(line, line)  #                                       (225, 2)
     u = velocity(x, torch.full((len(x),), t))
     move = -u / u.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    axis.quiver(*x.T, *move.T, color=color, scale=26, width=0.004)
+    options = {"angles": "xy", "scale_units": "xy", "scale": 11 / limit, "pivot": "mid"}
+    axis.quiver(*x.T, *move.T, color=color, width=0.005, **options)
 
 
 # ---- The static policy of toy_dit_imagenet.py and toy_qwen.py ------------------------------------
@@ -210,40 +237,41 @@ def static_policy(teacher, run, reference: Tensor, decode, title: str) -> "Figur
     Args: teacher: (x, t) -> u; run: a `common.static_policy.Run`; reference: the teacher's states
         at the times of run.metrics["t"]; decode: latents -> images in [-1, 1].
     """
-    t, color = run.metrics["t"], COLORS[run.metrics["settings"]["policy"]]
-    columns = [min(range(len(t)), key=lambda i: abs(t[i] - level)) for level in SHOWN]
-    rows = {
-        "teacher\n$x_t$": (reference, None),
-        "policy\n$x_t$": (run.states, None),
-        "teacher\n$x_0$ estimate": (reference, teacher),
-        "policy\n$x_0$ estimate": (run.states, run.policy.velocity),
-    }
-    figure, _ = new_figure(0, 0, (8.6, 8.0))
-    grid = figure.add_gridspec(5, len(columns), height_ratios=[1, 1, 1, 1, 2.0])
-    for i, (label, (states, velocity)) in enumerate(rows.items()):
-        for j, index in enumerate(columns):
-            x, level = states[index], states.new_tensor([t[index]])
-            if velocity and t[index] > 0:
-                x = x - t[index] * velocity(x, level)
-            axis = figure.add_subplot(grid[i, j])
-            show_image(axis, decode(x)[0], f"t = {t[index]:.1f}" if i == 0 else "")
-            if j == 0:
-                axis.set_ylabel(label)
+    times = run.metrics["t"]
+    line = LINES[run.metrics["settings"]["policy"]]
+    shown = [min(range(len(times)), key=lambda i: abs(times[i] - level)) for level in SHOWN]
 
+    def estimates(states: Tensor, velocity) -> list[Tensor]:
+        levels = [states.new_tensor([times[i]]) for i in shown]
+        pairs = zip(shown, levels, strict=True)
+        return [decode(states[i] - t * velocity(states[i], t) if t else states[i])[0]
+                for i, t in pairs]  # fmt: skip
+
+    rows = {
+        "teacher\n$x_t$": [decode(reference[i])[0] for i in shown],
+        "policy\n$x_t$": [decode(run.states[i])[0] for i in shown],
+        "teacher\n$x_0$ estimate": estimates(reference, teacher),
+        "policy\n$x_0$ estimate": estimates(run.states, run.policy.velocity),
+    }
+    figure = _empty_figure((8.6, 7.4))
     with _matplotlib().rc_context(STYLE):
-        parts = grid[4, :].subgridspec(1, 3)
-        left, middle, right = (figure.add_subplot(part) for part in parts)
-    show_image(left, decode(run.states[-1])[0], "|endpoint difference|")
+        layout = [["board"] * 3, ["endpoint", "distance", "loss"]]
+        axes = figure.subplot_mosaic(layout, height_ratios=[4, 1.9])
+    _draw_board(axes["board"], rows, [f"t = {times[i]:.1f}" for i in shown])
+
     difference = (decode(run.states[-1]) - decode(reference[-1]))[0].abs().mean(0).cpu().numpy()
-    figure.colorbar(left.imshow(difference, cmap="magma", vmin=0), ax=left, shrink=0.85)
-    middle.plot(t, run.metrics["trajectory_rmse"], color=color)
-    middle.set(title="RMSE, policy to teacher", xlabel="noise level t", xlim=(1, 0), ylim=(0, None))
+    drawn = axes["endpoint"].imshow(difference, cmap="magma", vmin=0)
+    axes["endpoint"].set(title="|endpoint difference|", xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=axes["endpoint"], shrink=0.85)
+    axes["distance"].plot(times, run.metrics["trajectory_rmse"], **line)
+    axes["distance"].set(title="RMSE, policy to teacher", xlabel="noise level t")
+    axes["distance"].set(xlim=(1, 0), ylim=(0, None))
     width = min(25, len(run.losses))
     smooth = run.losses.unfold(0, width, 1).mean(1).numpy()
-    right.plot(run.losses.numpy(), color=color, alpha=0.3, linewidth=0.8, label="loss")
-    right.plot(range(width - 1, len(run.losses)), smooth, color=color, label=f"mean of {width}")
-    right.set(title="loss", xlabel="iteration", yscale="log")
-    right.legend(frameon=False)
+    axes["loss"].plot(run.losses.numpy(), color=LIGHT, linewidth=0.8, label="loss")
+    axes["loss"].plot(range(width - 1, len(run.losses)), smooth, **line, label=f"mean of {width}")
+    axes["loss"].set(title="loss", xlabel="iteration", yscale="log")
+    axes["loss"].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -252,14 +280,14 @@ def policy_sizes(runs: Sequence[Mapping], title: str) -> "Figure":
     """Endpoint PSNR over the size of the policy. runs: rows of `common.static_policy.run_sweep`."""
     figure, axis = new_figure(size=(7.0, 3.8))
     labels = {"gmflow": "GMFlow, K components", "dx": "DX, N grid points"}
-    for (policy, label), style in zip(labels.items(), ("o-", "s--"), strict=True):
+    for (policy, label), marker in zip(labels.items(), "os", strict=True):
         chosen = [run for run in runs if run["policy"] == policy]
         psnr = [run["endpoint_psnr_db"] for run in chosen]
-        axis.plot([run["size"] for run in chosen], psnr, style, color=COLORS[policy], label=label)
+        sizes = [run["size"] for run in chosen]
+        axis.plot(sizes, psnr, marker=marker, **LINES[policy], label=label)
     axis.set_xscale("log", base=2)
     sizes = sorted({run["size"] for run in runs})
     axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set(title=title, ylabel="endpoint PSNR (dB)")
-    axis.set_xlabel("size of the policy, K or N")
+    axis.set(title=title, xlabel="size of the policy, K or N", ylabel="endpoint PSNR (dB)")
     axis.legend()
     return figure
