@@ -1,9 +1,13 @@
-"""Writes the launch badge and the first cell of every notebook: python -m docs.notebooks
+"""Prepares the stored notebooks, after they ran: python -m docs.notebooks [NAME.ipynb ...]
 
+Writes the launch badge and the first cell, and makes stored figures smaller (64 colours).
 ADDRESS is the one place that knows where the repository is hosted.
 """
 
+import base64
+import io
 import json
+import sys
 from pathlib import Path
 
 ADDRESS = "https://github.com/OWNER/piflow-minimal"
@@ -39,15 +43,32 @@ def prepared(name: str, title: str) -> str:
     return f"{lines[0]}\n\n{badge(name)}\n\n{rest.strip()}"
 
 
-def main() -> None:
-    for path in sorted(FOLDER.glob("*.ipynb")):
+def shrink(png: str) -> str:
+    """A picture, base64, with at most 64 colours."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    if image.mode == "P":
+        return png
+    image = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    image.save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def main(names: list[str]) -> None:
+    for path in [FOLDER / name for name in names] or sorted(FOLDER.glob("*.ipynb")):
         notebook = json.loads(path.read_text("utf-8"))
         title, code = notebook["cells"][:2]
         title["source"] = prepared(path.name, "".join(title["source"])).splitlines(keepends=True)
         code["source"] = FIRST_CELL.splitlines(keepends=True)
+        for cell in notebook["cells"]:
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):
+                    output["data"]["image/png"] = shrink("".join(output["data"]["image/png"]))
         text = json.dumps(notebook, indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
