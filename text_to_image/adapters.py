@@ -24,17 +24,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common import files
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
 from text_to_image.families import PATCH, naming, require_package, unpack
 
 LORA_NAME = "piflow"
 REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*(/[\w.-]+)*"  # user/repository[/folder]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------
-# From network output to policy
-# ------------------------------------------------------------------------------------------------
+# ---- From network output to policy ---------------------------------------------------------------
 
 
 class GMHead(nn.Module):
@@ -47,7 +47,6 @@ class GMHead(nn.Module):
 
     def __init__(self, width: int, channels: int, components: int, inner: int, layers: int = 2):
         super().__init__()
-        self.components = components
         self.means = nn.Linear(width, components * channels)
         self.logweights = nn.Linear(width, components * PATCH**2)
         widths = [width, *[inner] * (layers - 1), 1]
@@ -93,10 +92,28 @@ class PolicySpec:
         )  #                                                   logweights (B, K, 1, H, W)
         return GMFlowPolicy(mixture, x, t)
 
+    def settings(self) -> dict:
+        """As the published files state them."""
+        if self.kind == "GMFlow":
+            return {"type": "GMFlow"}
+        if self.mode == "polynomial":
+            return {"type": "DX", "mode": "polynomial", "shift": self.shift}
+        return {"type": "DX", "segment_size": self.segment_size, "shift": self.shift}
 
-# ------------------------------------------------------------------------------------------------
-# Adapters
-# ------------------------------------------------------------------------------------------------
+
+# ---- Adapters ------------------------------------------------------------------------------------
+
+
+class Sampling(NamedTuple):
+    """What sampling needs beside the weights; the trainer writes it into the adapter's file."""
+
+    family: str
+    nfe: int
+    guidance: float | None  # embedded
+    shift: float
+    final_step_size_scale: float
+    total_substeps: int
+    solver: str
 
 
 class Adapter(NamedTuple):
@@ -105,7 +122,8 @@ class Adapter(NamedTuple):
     name: str
     config: dict
     tensors: dict[str, Tensor]
-    policy: dict | None  # from the metadata of the tensor file
+    policy: dict | None = None  # both from the metadata of the tensor file
+    sampling: Sampling | None = None
 
     @property
     def is_gm(self) -> bool:
@@ -121,7 +139,7 @@ def read_adapter(where: str) -> Adapter:
     from safetensors import safe_open
 
     paths, what = [], f"adapter {where}"
-    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+    for file in ("config.json", WEIGHTS):
         if Path(where).is_dir():
             paths.append(Path(where) / file)
             if not paths[-1].is_file():
@@ -133,9 +151,27 @@ def read_adapter(where: str) -> Adapter:
     config = _json_object(paths[0].read_bytes(), f"{what}: config.json")
     with naming(f"{what}: {paths[1].name} is damaged"), safe_open(paths[1], "pt") as file:
         tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
-        text = (file.metadata() or {}).get("policy_config")
-    policy = None if text is None else _json_object(text.encode(), f"{what}: policy_config")
-    return Adapter(where, config, tensors, policy)
+        about = file.metadata() or {}
+    policy, sampling = (
+        _json_object(about[key].encode(), f"{what}: {key}") if key in about else None
+        for key in ("policy_config", "sampling")
+    )
+    if sampling is not None:
+        with naming(f"{what}: sampling {sampling}"):
+            sampling = Sampling(**sampling)
+    return Adapter(where, config, tensors, policy, sampling)
+
+
+def write_adapter(folder: str, adapter: Adapter) -> None:
+    """Writes config.json and the tensors in the published layout, the weights last."""
+    from safetensors.torch import save_file
+
+    about = {"policy_config": json.dumps(adapter.policy)}
+    if adapter.sampling is not None:
+        about["sampling"] = json.dumps(adapter.sampling._asdict())
+    files.write_json(files.join(folder, "config.json"), adapter.config)
+    with files.writing(files.join(folder, WEIGHTS)) as temporary:
+        save_file(adapter.tensors, temporary, about)
 
 
 def _from_hub(where: str, file: str, what: str) -> Path:
@@ -169,20 +205,18 @@ def policy_of(
     settings = {"type": kind, **(known or {}), **(adapter.policy or {}), **(override or {})}
     if settings.pop("type") != kind:
         raise ValueError(f"adapter {adapter.name}: its head is of type {kind!r}, its policy is not")
-    if kind == "GMFlow":
-        needed, allowed = set(), set()
-    else:
-        needed = {"shift"} if settings.get("mode") == "polynomial" else {"segment_size", "shift"}
-        allowed = {"segment_size", "shift", "mode"}
-    if unknown := sorted(set(settings) - allowed):
-        raise ValueError(f"policy settings {unknown}: {kind} has {sorted(allowed) or 'none'}")
-    if missing := sorted(needed - set(settings)):
+    mode = settings.get("mode", "grid")
+    allowed = ["segment_size", "shift", "mode"] if kind == "DX" else []
+    needed = {"GMFlow": [], "grid": ["segment_size", "shift"], "polynomial": ["shift"]}
+    if mode not in ("grid", "polynomial"):
+        raise ValueError(f"policy mode {mode!r}: use 'grid' or 'polynomial'")
+    if unknown := sorted(settings.keys() - set(allowed)):
+        raise ValueError(f"policy settings {unknown}: {kind} has {allowed or 'none'}")
+    if missing := [key for key in needed[mode if kind == "DX" else kind] if key not in settings]:
         raise ValueError(
             f"adapter {adapter.name} is a DX adapter, and its file does not say its {missing}: "
             'give them as --policy \'{"segment_size": 0.2857, "shift": 3.2}\''
         )
-    if settings.get("mode", "grid") not in ("grid", "polynomial"):
-        raise ValueError(f"policy mode {settings['mode']!r}: use 'grid' or 'polynomial'")
     for key, high in (("segment_size", 1.0), ("shift", 1000.0)):
         value = settings.get(key, 1.0)
         if not isinstance(value, int | float) or not 0 < value <= high:
@@ -203,10 +237,9 @@ def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
         # the exporters write these three of the head, not of the base
         if key.startswith("_") or key in ("patch_size", "out_channels") or key not in base:
             continue
-        as_list = [list(v) if isinstance(v, list | tuple) else v for v in (value, base[key])]
-        if as_list[0] != as_list[1]:
+        own = list(base[key]) if isinstance(base[key], tuple) else base[key]
+        if value != own:
             raise ValueError(f"{name} is for a base with {key} {value}, this one has {base[key]}")
-    _check_head(adapter, base["in_channels"])
 
     expected = expected_shapes(transformer, adapter)
     given = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
@@ -223,33 +256,6 @@ def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
     if any(problems.values()):
         lists = (f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{name} does not fit; tensors {'; '.join(lists)}")
-
-
-def _check_head(adapter: Adapter, channels: int) -> None:
-    """Raises: ValueError unless the head is of a known kind and for tokens of so many channels."""
-    config, name = adapter.config, f"adapter {adapter.name}"
-    keys = ["num_gaussians", "gm_num_logstd_layers", "logstd_inner_dim"] if adapter.is_gm else []
-    for key in keys or ["out_channels"]:
-        value = config.get(key, 1 if adapter.is_gm else None)
-        if not isinstance(value, int) or not 0 < value < 2**20:
-            raise ValueError(f"{name}: {key} in its config.json is {value!r}, not a whole number")
-    if config.get("constant_logstd") is not None or config.get("logweights_channels", 4) != 4:
-        raise ValueError(
-            f"{name}: heads with constant_logstd, or with logweights_channels other than 4, are "
-            "not supported"
-        )
-    if not adapter.is_gm:
-        if config["out_channels"] % channels:
-            given = f"out_channels {config['out_channels']}"
-            raise ValueError(f"{name}: {given}, not a multiple of the base's {channels} channels")
-        return
-    means = adapter.tensors.get("proj_out_means.weight")
-    rows, components = 0 if means is None else len(means), config["num_gaussians"]
-    if rows and rows != components * channels:
-        raise ValueError(
-            f"{name}: its head has {rows} rows, {rows / components:g} channels for each of "
-            f"{components} components; the base has tokens of {channels} channels"
-        )
 
 
 def _first(names: Sequence[str], most: int = 8) -> str:
@@ -289,12 +295,26 @@ def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _empty_head(transformer: nn.Module, adapter: Adapter) -> nn.Module:
-    channels, width = transformer.config["in_channels"], transformer.norm_out.linear.in_features
-    config = adapter.config
+    """The head that an adapter's config describes. Raises: ValueError if it describes none."""
+    width, channels = transformer.norm_out.linear.in_features, transformer.config["in_channels"]
+    config, name = adapter.config, f"adapter {adapter.name}: config.json:"
+    defaults = {"out_channels": None}
+    if adapter.is_gm:
+        defaults = {"num_gaussians": 1, "logstd_inner_dim": 1024, "gm_num_logstd_layers": 2}
+    values = {key: config.get(key, default) for key, default in defaults.items()}
+    for key, value in values.items():
+        if not isinstance(value, int) or not 0 < value < 2**20:
+            raise ValueError(f"{name} {key} is {value!r}, not a whole number")
     if not adapter.is_gm:
+        if config["out_channels"] % channels:
+            given = f"out_channels {config['out_channels']}"
+            raise ValueError(f"{name} {given}, not a multiple of the base's {channels} channels")
         return nn.Linear(width, config["out_channels"], bias="proj_out.bias" in adapter.tensors)
-    inner, layers = config.get("logstd_inner_dim", 1024), config.get("gm_num_logstd_layers", 2)
-    return GMHead(width, channels, config["num_gaussians"], inner, layers)
+    if config.get("constant_logstd") is not None or config.get("logweights_channels", 4) != 4:
+        raise ValueError(
+            f"{name} constant_logstd, or logweights_channels other than 4, is not supported"
+        )
+    return GMHead(width, channels, *values.values())
 
 
 def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) -> None:
@@ -332,9 +352,7 @@ def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) 
     transformer.eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------
-# Style LoRAs
-# ------------------------------------------------------------------------------------------------
+# ---- Style LoRAs ---------------------------------------------------------------------------------
 
 
 def style_file(where: str) -> Path:
@@ -344,12 +362,12 @@ def style_file(where: str) -> Path:
     pytorch_lora_weights.safetensors. Raises: OSError or ValueError that names it.
     """
     path, what = Path(where), f"LoRA {where}"
+    suffix = path.suffix.lower()
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix.lower() == ".safetensors")
         if len(files) != 1:
             raise ValueError(f"{what}: the folder has {len(files)} .safetensors files; name one")
         return files[0]
-    suffix = path.suffix.lower()
     if suffix in (".bin", ".ckpt", ".pt", ".pth") or (path.is_file() and suffix != ".safetensors"):
         raise ValueError(f"{what}: only .safetensors files are read; others can hold programs")
     if path.is_file():
@@ -362,8 +380,10 @@ def style_file(where: str) -> Path:
     return _from_hub(folder, file, what)
 
 
-def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Any:
-    """Reads a style LoRA and compares it with the base -> what its `load_lora_weights` takes.
+def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Path:
+    """Finds a style LoRA and compares it with the base. -> what `load_lora_weights` takes.
+
+    diffusers reads its own names and those of kohya, ComfyUI, DiffSynth and Black Forest Labs.
 
     Args: pipeline: class of the base pipeline; modules: its transformer and text encoders, which
         may be on the meta device.
@@ -371,86 +391,37 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Any
     Warns: once, if layers are not used, because the base has none or the adapter replaces them.
     """
     path, what = style_file(where), f"LoRA {where}"
-    known = {
-        f"{part}.{name.removeprefix('text_model.')}": layer
+    layers = {
+        f"{part}.{name.removeprefix('text_model.')}": getattr(layer, "base_layer", layer)
         for part in pipeline._lora_loadable_modules
         for name, layer in modules[part].named_modules()
     }
     with naming(what):
-        source = _in_diffusers_names(path, modules["transformer"]) or str(path)
-        copy = dict(source) if isinstance(source, dict) else source
-        converted = pipeline.lora_state_dict(copy, use_safetensors=True)
+        tensors = pipeline.lora_state_dict(str(path), use_safetensors=True)
     halves: dict[str, set] = {}  # layer -> names of its tensors
-    for key, tensor in converted.items():
+    for key, tensor in tensors.items():
         key = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_", key)  # of kohya's text encoders
-        match = re.fullmatch(r"(.+)\.(?:lora|lokr)_(.+?)(?:\.weight)?", key)
-        name, half = match.groups() if match else (key, "")
+        name, _, half = key.removesuffix(".weight").rpartition(".lora_")
         name = name.replace("text_encoder.text_model.", "text_encoder.")  # as of transformers 5
-        halves.setdefault(name, set()).add(half)
+        halves.setdefault(name or key, set()).add(half)
         if not tensor.isfinite().all():
             raise ValueError(f"{what}: {key} is not finite")
-        layer = getattr(known.get(name), "base_layer", known.get(name))
+        layer = layers.get(name)
         if half in ("A", "B") and isinstance(layer, nn.Linear):
             given = tensor.shape[1] if half == "A" else tensor.shape[0]
             own = layer.in_features if half == "A" else layer.out_features
             if given != own:
                 raise ValueError(f"{what}: {name} has a side of {given}, in this base it has {own}")
-    layers = halves.keys()
-    if single := sorted(name for name in layers if halves[name] in ({"A"}, {"B"})):
+    if single := sorted(name for name in halves if halves[name] in ({"A"}, {"B"})):
         raise ValueError(f"{what}: lora_A or lora_B is missing in {_first(single, 4)}")
-    replaced = {name for name in layers & known.keys() if name.startswith(REPLACED)}
-    used, other = (layers & known.keys()) - replaced, layers - known.keys()
+    other = sorted(halves.keys() - layers.keys())
+    replaced = sorted(name for name in halves.keys() & layers.keys() if name.startswith(REPLACED))
+    used = len(halves) - len(other) - len(replaced)
     parts = {"not in this base": other, "replaced by the adapter": replaced}
-    notes = [f"{kind}: {_first(sorted(names), 4)}" for kind, names in parts.items() if names]
+    notes = "; ".join(f"{kind}: {_first(names, 4)}" for kind, names in parts.items() if names)
     if not used:
-        raise ValueError(f"{what}: none of its {len(layers)} layers is used; {'; '.join(notes)}")
+        raise ValueError(f"{what}: none of its {len(halves)} layers is used; {notes}")
     if notes:
-        counts = f"{len(used)} of {len(layers)} layers are used"
-        warnings.warn(f"{what}: {counts}; {'; '.join(notes)}", stacklevel=3)
-    if isinstance(source, dict):
-        others = tuple(f"{name}." for name in other | replaced)
-        return {key: value for key, value in source.items() if not f"{key}.".startswith(others)}
-    return source
-
-
-def _in_diffusers_names(path: Path, transformer: nn.Module) -> dict[str, Tensor] | None:
-    """A LoRA whose layers have their names in diffusers, under any prefix, as diffusers saves it.
-
-    Such files come from peft, ComfyUI, DiffSynth and others; the library reads part of them only.
-    alpha, here or in the adapter_config.json of peft beside the file, goes into the weights.
-    Returns: None for other names (kohya, Black Forest Labs, ...), which the library translates,
-        and for files that it saved itself.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        if "lora_adapter_metadata" in (file.metadata() or {}):
-            return None
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    layers, scale, found = dict(transformer.named_modules()), 1.0, {}
-    config = path.parent / "adapter_config.json"
-    if config.is_file() and any(key.startswith("base_model.") for key in tensors):
-        options = _json_object(config.read_bytes(), config.name)
-        if options.get("rank_pattern") or options.get("alpha_pattern") or options.get("use_dora"):
-            raise ValueError(f"{config.name}: rank_pattern, alpha_pattern, use_dora: not supported")
-        rank = options["r"] ** (0.5 if options.get("use_rslora") else 1)
-        scale = options["lora_alpha"] / rank
-    name = re.compile(
-        r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|transformer\.)*"
-        r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|alpha)"
-    )
-    matches = {key: match for key in tensors if (match := name.fullmatch(key))}
-    if not any(match[1] in layers for match in matches.values()):
-        return None
-    alphas = {m[1]: tensors[key].item() for key, m in matches.items() if m[2] is None}
-    for key, match in matches.items():
-        layer, half = match[1], {"down": "A", "up": "B"}.get(match[2], match[2])
-        if half is None:
-            continue
-        if half == "B":
-            rank = tensors[key].shape[1]
-            tensors[key] = tensors[key] * scale * alphas.get(layer, rank) / rank
-        part = "" if layer.startswith("text_encoder.") else "transformer."
-        found[f"{part}{layer}.lora_{half}.weight"] = tensors[key]
-    others = {key: tensors[key] for key in tensors.keys() - matches.keys()}
-    return dict(sorted((found | others).items()))
+        counts = f"{used} of {len(halves)} layers are used"
+        warnings.warn(f"{what}: {counts}; {notes}", stacklevel=3)
+    return path

@@ -1,20 +1,41 @@
-"""Small stand-ins of the three base models and of their adapters, for --tiny and the tests.
+"""Small stand-ins of the base models and of their adapters, for --tiny and the tests.
 
     pipe = demo_pipeline(FAMILIES["qwen"])  # Qwen-Image: a trained model of clothes; FLUX: random
     pipe = tiny_pipeline(FAMILIES["qwen"])  # random weights, with text encoder and VAE
     apply_adapter(pipe.transformer, tiny_adapter(pipe.transformer, gmflow=True))
 
 They go through the same code as the real ones. The pictures of random weights are noise.
+
+The model of clothes draws Fashion-MNIST from words: diffusers' own transformer class, 1.4M
+parameters, trained by assets/train_tiny_text_teacher.py. In place of the text encoder every word
+has a fixed random vector, seeded by its letters: there is no vocabulary, and a word that was never
+seen does little. In place of the VAE, the 2 x 2 blocks of pixels are the four channels of a latent
+pixel. Images are 112 x 112: 28 x 28, four times enlarged.
 """
 
+import re
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from common.fashion import ASSETS
+from torch import Tensor, nn
 
 from text_to_image.adapters import Adapter, expected_shapes
-from text_to_image.families import Family, import_diffusers
-from text_to_image.tiny_fashion import fashion_pipeline
+from text_to_image.families import SHIFT, Family, import_diffusers, naming
+
+TEACHER = ASSETS / "tiny_text_teacher.safetensors"
+ADAPTERS = {"gm-qwen": ASSETS / "tiny_gm_adapter", "dx-qwen": ASSETS / "tiny_dx_adapter"}
+GUIDANCE = 2.5  # with which the adapters were distilled
+SIDE = 112  # pixels of an image
+ENLARGE = 4  # pixels of an image per pixel of the data set
+CONFIG = {
+    "in_channels": 16, "out_channels": 4, "num_layers": 4, "num_attention_heads": 4,
+    "attention_head_dim": 24, "joint_attention_dim": 64, "axes_dims_rope": (4, 10, 10),
+}  # fmt: skip
 
 
 def demo_pipeline(family: Family) -> Any:
@@ -22,17 +43,91 @@ def demo_pipeline(family: Family) -> Any:
     return fashion_pipeline() if family.name == "qwen" else tiny_pipeline(family)
 
 
-def tiny_pipeline(family: Family, seed: int = 0) -> Any:
-    """A complete pipeline of the family with small random weights: built in seconds, offline.
+# ---- The model of clothes ------------------------------------------------------------------------
 
-    It goes through the same code as the real one. Its pictures are noise.
-    """
+
+def word_vectors(prompt: str) -> Tensor:
+    """Prompt -> (L, 64): a standard normal vector for each word, and one for the end."""
+    words = [*re.findall(r"[\w-]+", prompt.lower()), "<end>"]
+    generator, rows = torch.Generator(), []
+    for word in words:
+        generator.manual_seed(zlib.crc32(word.encode()))
+        rows.append(torch.randn(CONFIG["joint_attention_dim"], generator=generator))
+    return torch.stack(rows)
+
+
+def encode_words(prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Prompts -> embeddings (B, L, 64), padded with zeros, and their mask (B, L)."""
+    parts = [word_vectors(prompt) for prompt in prompts]
+    lengths = torch.tensor([len(part) for part in parts])
+    embeds = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    return embeds, torch.arange(embeds.shape[1]) < lengths[:, None]
+
+
+class BlockVAE(nn.Module):
+    """Stands in for a VAE: latents (B, 4, 1, H, W) <-> images (B, 3, 1, 8 H, 8 W)."""
+
+    dtype = torch.float32
+    config = SimpleNamespace(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, z_dim=4)
+    temperal_downsample = (False,) * 3  # from which the pipeline reads that 8 = 2^3
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.device
+
+    def encode(self, images: Tensor) -> Any:
+        grey = F.avg_pool2d(images[:, :, 0].mean(1, keepdim=True), ENLARGE)
+        latents = F.pixel_unshuffle(grey, 2)[:, :, None]
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        grey = F.interpolate(F.pixel_shuffle(z[:, :, 0], 2), scale_factor=ENLARGE)
+        return (grey.expand(-1, 3, -1, -1)[:, :, None],)
+
+
+def fashion_transformer(weights: Path = TEACHER) -> nn.Module:
+    """The shipped transformer, frozen. Raises: OSError or ValueError for an unusable file."""
+    from safetensors.torch import load_file
+
+    net = import_diffusers().QwenImageTransformer2DModel(**CONFIG)
+    with naming(f"{weights} does not hold the tiny transformer"):
+        net.load_state_dict({key: value.float() for key, value in load_file(weights).items()})
+    return net.eval().requires_grad_(False)
+
+
+def fashion_pipeline() -> Any:
+    """A Qwen-Image pipeline of these parts."""
+    diffusers = import_diffusers()
+
+    class FashionPipeline(diffusers.QwenImagePipeline):
+        def encode_prompt(self, prompt, device=None, **_):
+            embeds, mask = encode_words([prompt] if isinstance(prompt, str) else prompt)
+            device = device or self._execution_device
+            mask = None if mask.all() else mask.to(device)
+            return embeds.to(device, self.transformer.dtype), mask
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    pipe = FashionPipeline(scheduler, BlockVAE(), None, None, fashion_transformer())
+    pipe.default_sample_size = SIDE // pipe.vae_scale_factor
+    return pipe
+
+
+# ---- Random models -------------------------------------------------------------------------------
+
+
+def tiny_pipeline(family: Family, seed: int = 0) -> Any:
+    """A complete pipeline of the family with small random weights: built in seconds, offline."""
     diffusers = import_diffusers()
     import transformers
 
+    parts = {"qwen": _qwen_parts, "flux": _flux_parts, "flux2": _flux2_parts}[family.name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _TINY[family.name](diffusers, transformers)
+        parts = parts(diffusers, transformers)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = getattr(diffusers, family.pipeline)(scheduler=scheduler, **parts)
     pipe.default_sample_size = 8  # images of 64 x 64
@@ -46,11 +141,12 @@ def tiny_adapter(
     transformer: nn.Module, gmflow: bool, policy: dict | None = None, seed: int = 0
 ) -> Adapter:
     """A random adapter for a tiny base: K = 8 or N = 10, LoRA rank 2."""
-    config = {"_class_name": type(transformer).__name__, "num_gaussians": 8, "logstd_inner_dim": 12}
-    if not gmflow:
-        config = config | {"out_channels": 10 * transformer.config["in_channels"]}
-        del config["num_gaussians"]
-    empty = Adapter("tiny", config, {"proj_out.bias": torch.empty(0)}, None)
+    config = {"_class_name": type(transformer).__name__}
+    if gmflow:
+        config |= {"num_gaussians": 8, "logstd_inner_dim": 12}
+    else:
+        config |= {"out_channels": 10 * transformer.config["in_channels"]}
+    empty = Adapter("tiny", config, {"proj_out.bias": torch.empty(0)}, policy)
     shapes = expected_shapes(transformer, empty)
     for name, module in transformer.named_modules():
         if name.startswith("transformer_blocks") and isinstance(module, nn.Linear):
@@ -58,28 +154,26 @@ def tiny_adapter(
             shapes[f"{name}.lora_B.weight"] = (module.out_features, 2)
     generator = torch.Generator().manual_seed(seed)
     tensors = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    return Adapter(empty.name, config, tensors, policy)
+    return empty._replace(tensors=tensors)
 
 
-_NETWORK = {
+NETWORK = {
     "in_channels": 16, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12,
     "joint_attention_dim": 24,
 }  # fmt: skip
-_VAE = {
+VAE = {
     "latent_channels": 4, "block_out_channels": (8,) * 4, "norm_num_groups": 4,
     "layers_per_block": 1, "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
-_LANGUAGE = {
-    "vocab_size": 258, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+LANGUAGE = {"vocab_size": 258, "num_attention_heads": 2, "num_key_value_heads": 2, **IDS}
 
 
-def _tiny_qwen(diffusers: Any, transformers: Any) -> dict[str, Any]:
+def _qwen_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
     text = {
-        **_LANGUAGE, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
+        **LANGUAGE, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
         "max_position_embeddings": 2048, "rope_parameters": rope, "rope_scaling": rope,
     }  # fmt: skip
     vision = {
@@ -89,7 +183,7 @@ def _tiny_qwen(diffusers: Any, transformers: Any) -> dict[str, Any]:
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return {
         "transformer": diffusers.QwenImageTransformer2DModel(
-            **_NETWORK, out_channels=4, axes_dims_rope=(2, 4, 6)
+            **NETWORK, out_channels=4, axes_dims_rope=(2, 4, 6)
         ),
         "vae": diffusers.AutoencoderKLQwenImage(
             base_dim=8, z_dim=4, num_res_blocks=1,
@@ -100,21 +194,20 @@ def _tiny_qwen(diffusers: Any, transformers: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tiny_flux(diffusers: Any, transformers: Any) -> dict[str, Any]:
-    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+def _flux_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
     clip = transformers.CLIPTextConfig(
         vocab_size=258, hidden_size=20, intermediate_size=20, num_hidden_layers=1,
-        num_attention_heads=2, **ids,
+        num_attention_heads=2, **IDS,
     )  # fmt: skip
     t5 = transformers.T5Config(
         vocab_size=258, d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2
     )
     return {
         "transformer": diffusers.FluxTransformer2DModel(
-            **_NETWORK, num_single_layers=2, pooled_projection_dim=20, axes_dims_rope=(2, 4, 6),
+            **NETWORK, num_single_layers=2, pooled_projection_dim=20, axes_dims_rope=(2, 4, 6),
             guidance_embeds=True,
         ),
-        "vae": diffusers.AutoencoderKL(**_VAE, scaling_factor=0.4, shift_factor=0.1),
+        "vae": diffusers.AutoencoderKL(**VAE, scaling_factor=0.4, shift_factor=0.1),
         "text_encoder": transformers.CLIPTextModel(clip),
         "tokenizer": _byte_tokenizer(77),
         "text_encoder_2": transformers.T5EncoderModel(t5),
@@ -122,10 +215,10 @@ def _tiny_flux(diffusers: Any, transformers: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tiny_flux2(diffusers: Any, transformers: Any) -> dict[str, Any]:
+def _flux2_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
     size = {"hidden_size": 8, "intermediate_size": 8}
     text = {  # the pipeline reads the layers 10, 20 and 30
-        **_LANGUAGE, **size, "model_type": "mistral", "num_hidden_layers": 31, "head_dim": 4,
+        **LANGUAGE, **size, "model_type": "mistral", "num_hidden_layers": 31, "head_dim": 4,
     }  # fmt: skip
     vision = {
         **size, "model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -134,16 +227,13 @@ def _tiny_flux2(diffusers: Any, transformers: Any) -> dict[str, Any]:
     config = transformers.Mistral3Config(text_config=text, vision_config=vision)
     return {
         "transformer": diffusers.Flux2Transformer2DModel(
-            **_NETWORK, num_single_layers=2, axes_dims_rope=(2, 2, 4, 4),
+            **NETWORK, num_single_layers=2, axes_dims_rope=(2, 2, 4, 4),
             timestep_guidance_channels=64,
         ),
-        "vae": diffusers.AutoencoderKLFlux2(**_VAE),
+        "vae": diffusers.AutoencoderKLFlux2(**VAE),
         "text_encoder": transformers.Mistral3ForConditionalGeneration(config),
         "tokenizer": _byte_tokenizer(512),
     }  # fmt: skip
-
-
-_TINY = {"qwen": _tiny_qwen, "flux": _tiny_flux, "flux2": _tiny_flux2}
 
 
 def _byte_tokenizer(max_length: int) -> Any:
