@@ -1,103 +1,80 @@
 """Encodes prompts once, so that distillation never loads a text encoder.
 
     python -m text_to_image.cache_prompts prompts.txt --family qwen --out data/qwen
-    python -m text_to_image.cache_prompts prompts.jsonl --column caption --out data/qwen
-    torchrun --nproc-per-node 8 -m text_to_image.cache_prompts OWNER/DATASET --out data/qwen
+    python -m text_to_image.cache_prompts prompts.jsonl --column caption --images file
+    torchrun --nproc-per-node 8 -m text_to_image.cache_prompts OWNER/DATASET --out s3://bucket/qwen
 
 The source is a text file (a prompt per line), a JSONL file, or a dataset on the Hub. If a JSONL
 file has a field of image files (--images), their latents are cached too, for Algorithm 2. Several
-processes share the shards; run the same command again to continue.
+processes share the shards; the same command continues.
 
 A shard is a safetensors file of at most about 1 GB. It holds the embeddings of its prompts one
 after the other without padding, their lengths, for FLUX.1 the pooled vectors, for Qwen-Image the
-negative prompt, and in its metadata the prompts and what encoded them. `PromptCache` reads it.
+unconditional prompt, and in its metadata the prompts and what encoded them. `PromptCache` reads
+single rows of it, from a local or a remote folder.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import text_to_image.families as dm
-from common.cli import atomic, parse, run_cli, setting
-from imagenet.distributed import Place, processes, remove_leftovers
+from common.cli import DEVICE_HELP, keep_freed_memory, parse, run_cli, setting
+from common.files import is_remote, join, list_files, remove_leftovers, writing
+from common.images import read_image, square
+from imagenet.distributed import Place, processes
+from text_to_image.families import FAMILIES, Conditions, Family
+from text_to_image.loading import load_base, place
+from text_to_image.prompts import KNOWN, MAX_TOKENS, Row, cut_message, cut_off, read_source
+from text_to_image.tiny import demo_pipeline
+
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m text_to_image.cache_prompts")
 
 SHARD_BYTES = 1e9
-NEGATIVE_PROMPT = " "  # of Qwen-Image's second branch, as in its pipeline
+FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is encoded, and by which encoders."""
 
-    source: str = setting("", "text or JSONL file, or dataset on the Hub", positional=True)
-    out: Path = setting(Path("data/prompts"), "folder for the shards")
-    family: str = setting("qwen", "whose text encoders", choices=dm.FAMILIES)
-    base: str = setting(
-        "", "folder or Hub name of the base pipeline, in place of the published one"
+    source: str | None = setting(
+        None, "text or JSONL file, or dataset on the Hub", positional=True, path=True
+    )
+    out: str = setting("data/prompts", "folder for the shards, local or s3://...", path=True)
+    family: str = setting("qwen", "whose text encoders", choices=FAMILIES)
+    base: str | None = setting(
+        None, "folder or Hub name of the base pipeline; the published one", path=True
     )
     tiny: bool = setting(False, "small stand-ins in place of the real encoders")
     column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
-    images: str = setting("", "field of the image files in a JSONL file; empty: no image latents")
+    images: str | None = setting(None, "field of the image files in a JSONL file, for their latents")
     size: int = setting(1024, "side of the images in pixels, after cropping to a square", low=16)
     split: str = setting("train", "split of a dataset on the Hub")
-    limit: int = setting(0, "number of prompts to use; 0: all", low=0)
-    max_length: int = setting(512, "tokens per prompt, at most", low=1)
+    limit: int | None = setting(None, "number of prompts to use; all of them", low=1)
+    max_length: int = setting(MAX_TOKENS, "tokens per prompt, at most", low=1)
+    float8: bool = setting(False, "embeddings as float8 with a scale per token: half the size")
     batch: int = setting(16, "prompts per call of the text encoder", low=1)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = setting("auto", DEVICE_HELP)
 
 
-# ---- Sources -------------------------------------------------------------------------------------
+def read_prompts(settings: Settings) -> list[Row]:
+    """The prompts of the source, with their images. Raises: ValueError, OSError: one line."""
+    if settings.source is None:
+        raise ValueError(f"source is missing: {KNOWN}, or a dataset on the Hub")
+    rows = read_source(settings.source, settings.column, settings.split, settings.images)
+    return rows[: settings.limit]
 
 
-def read_prompts(settings: Settings) -> list[tuple[str, str]]:
-    """-> (prompt, image file or "") of every line. Raises: ValueError, OSError: one line."""
-    path, rows = Path(settings.source), []
-    try:
-        lines = path.read_text("utf-8-sig").splitlines() if path.is_file() else []
-    except UnicodeDecodeError as error:
-        raise ValueError(f"source {path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl" and path.is_file():
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                image = str(path.parent / row[settings.images]) if settings.images else ""
-                rows.append((row[settings.column], image))
-            except (ValueError, KeyError, TypeError) as error:
-                fields = " and ".join(filter(None, (settings.column, settings.images)))
-                raise ValueError(f"{path}, line {number}: not an object with {fields}") from error
-    elif path.is_file():
-        rows = [(line, "") for line in lines]
-    elif path.suffix in (".txt", ".jsonl") or not settings.source:
-        raise FileNotFoundError(f"source {settings.source!r}: no such file")
-    else:
-        dm.require_package("datasets", "a dataset on the Hub")
-        import datasets
-
-        data = datasets.load_dataset(settings.source, split=settings.split)
-        if settings.column not in data.column_names:
-            raise ValueError(f"--column {settings.column!r}: {path} has {data.column_names}")
-        rows = [(prompt, "") for prompt in data[settings.column]]
-    if settings.images and path.suffix != ".jsonl":
-        raise ValueError("--images: only a JSONL file names image files")
-    kept = [(prompt.strip(), image) for prompt, image in rows if prompt and prompt.strip()]
-    if not kept:
-        raise ValueError(f"source {settings.source}: there is no prompt in it")
-    if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} empty prompts are left out")
-    return kept[: settings.limit or None]
-
-
-# ---- Encoding ------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def fingerprint(modules: Sequence[nn.Module]) -> str:
@@ -110,9 +87,15 @@ def fingerprint(modules: Sequence[nn.Module]) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode(pipe: Any, family: dm.Family, prompts: Sequence[str], length: int) -> dict[str, list]:
+def to_float8(embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """(L, D) -> float8 (L, D), and a scale per token (L, 1) that multiplies it."""
+    scale = embeds.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / FLOAT8_MAX
+    return (embeds.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def encode(pipe: Any, family: Family, prompts: Sequence[str], length: int) -> dict[str, list]:
     """-> embeds: (L, D) of each prompt; pooled: (P,) of each prompt, or nothing."""
-    conditions = dm.encode_prompts(pipe, family, prompts, length)
+    conditions = family.encode_prompts(pipe, prompts, length)
     if not conditions.embeds.isfinite().all():
         raise ValueError(f"the text encoder gives values that are not finite, from {prompts[0]!r}")
     lengths = [conditions.embeds.shape[1]] * len(prompts)
@@ -123,200 +106,227 @@ def encode(pipe: Any, family: dm.Family, prompts: Sequence[str], length: int) ->
     return {"embeds": embeds, "pooled": pooled}
 
 
-@torch.no_grad()
-def encode_image(pipe: Any, family: dm.Family, path: str, size: int) -> Tensor:
-    """Image file -> latent (C, H, W) of its centre square, the inverse of `families.decode`."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
-    except OSError as error:
-        raise OSError(f"{path} is not a readable image: {error}") from error
-    pixels = pipe.image_processor.preprocess(image, size, size)
-    pixels = pixels.to(pipe._execution_device, pipe.vae.dtype)
-    pixels = pixels[:, :, None] if family.name == "qwen" else pixels
-    latent = pipe.vae.encode(pixels).latent_dist.mode().float()
-    config = pipe.vae.config
-    if family.name == "qwen":
-        mean, std = (
-            torch.tensor(v).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
-        return (latent[0, :, 0].cpu() - mean) / std
-    if family.name == "flux":
-        return (latent[0].cpu() - config.shift_factor) * config.scaling_factor
-    bn, patches = (
-        pipe.vae.bn,
-        F.pixel_unshuffle(latent, dm.PATCH),
-    )  # FLUX.2: patches of 4 C channels
-    mean, var = (value.to(patches).view(-1, 1, 1) for value in (bn.running_mean, bn.running_var))
-    patches = (patches - mean) / (var + config.batch_norm_eps).sqrt()
-    return F.pixel_shuffle(patches, dm.PATCH)[0].cpu()
+def encode_image(pipe: Any, family: Family, path: Path, size: int) -> Tensor:
+    """Image file -> latent (C, H, W) of its centre square."""
+    pixels = square(read_image(path), size).permute(2, 0, 1) / 127.5 - 1
+    return family.encode(pipe, pixels[None])[0].cpu()
 
 
-def cache(settings: Settings, place: Place, pipe: Any = None) -> None:
+def cache(settings: Settings, here: Place, pipe: Any = None) -> None:
     """Writes the shards that are missing; every process takes its share of them."""
     from safetensors.torch import save_file
 
-    family, rows = dm.FAMILIES[settings.family], read_prompts(settings)
-    rank, world, device = place
-    if pipe is None:
-        pipe = load_encoders(settings, family, with_vae=bool(settings.images))
-    dm.place(pipe, device)
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    s, family = settings, FAMILIES[settings.family]
+    rows = read_prompts(s)
+    if pipe is None and s.tiny:
+        pipe = demo_pipeline(family)
+    elif pipe is None:
+        without = ["transformer"] if s.images else ["transformer", "vae"]
+        pipe = load_base(family, s.base, without=without)
+    place(pipe, here.device)
+    negative = encode(pipe, family, [family.negative_prompt or ""], s.max_length)["embeds"][0]
+    value_bytes = 1 if s.float8 else negative.element_size()
+    per_shard = max(1, int(SHARD_BYTES / (s.max_length * negative.shape[1] * value_bytes)))
+    count = math.ceil(len(rows) / per_shard)
+    encoders = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    content = json.dumps(rows, default=str).encode()
     about = {
-        "family": family.name, "base": "tiny" if settings.tiny else settings.base or family.repo,
-        "max_length": settings.max_length, "images": settings.size if settings.images else 0,
-        "source": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-        "encoder": fingerprint(modules),
+        "family": family.name, "base": "tiny" if s.tiny else s.base or family.repo,
+        "negative": repr(family.negative_prompt), "encoder": fingerprint(encoders),
+        "max_length": s.max_length, "images": s.size if s.images else None, "float8": s.float8,
+        "source": hashlib.sha256(content).hexdigest()[:16], "shards": count,
     }  # fmt: skip
-    negative = encode(pipe, family, [NEGATIVE_PROMPT], settings.max_length)["embeds"][0]
-    row_bytes = settings.max_length * negative.shape[1] * negative.element_size()
-    per_shard = max(1, int(SHARD_BYTES / row_bytes))
-    count = -(-len(rows) // per_shard)
-    about = {key: str(value) for key, value in (about | {"shards": count}).items()}
-    if rank == 0:
-        remove_leftovers(settings.out)
-    for number in tqdm(range(rank, count, world), desc="shards", disable=rank > 0 or None):
-        path = settings.out / f"shard_{number:05d}.safetensors"
-        if path.is_file() and check_shard(path, about):
+    about = {key: str(value) for key, value in about.items()}
+    if here.rank == 0:
+        remove_leftovers(s.out)
+    cut, errors = 0, []
+    numbers = range(here.rank, count, here.world)
+    for number in tqdm(numbers, desc="shards", disable=here.rank > 0 or None):
+        path = join(s.out, f"shard_{number:05d}.safetensors")
+        if check_shard(path, about):
             continue
-        part, values = rows[number * per_shard : (number + 1) * per_shard], {}
-        for start in range(0, len(part), settings.batch):
-            prompts = [prompt for prompt, _ in part[start : start + settings.batch]]
-            for key, new in encode(pipe, family, prompts, settings.max_length).items():
-                values.setdefault(key, []).extend(new)
-        lengths = torch.tensor([len(row) for row in values["embeds"]])
-        tensors = {"embeds": torch.cat(values["embeds"]), "lengths": lengths}
+        part = rows[number * per_shard : (number + 1) * per_shard]
+        prompts = [prompt for prompt, _ in part]
+        values = {"embeds": [], "pooled": []}
+        for start in range(0, len(part), s.batch):
+            batch = prompts[start : start + s.batch]
+            for i, end in enumerate(cut_off(pipe, family, batch, s.max_length)):
+                if end and not cut:
+                    line = number * per_shard + start + i + 1
+                    print(f"{cut_message(line, end, s.max_length)}; further ones are counted")
+                cut += bool(end)
+            for key, new in encode(pipe, family, batch, s.max_length).items():
+                values[key].extend(new)
+        embeds = torch.cat(values["embeds"])
+        tensors = {"embeds": embeds, "lengths": torch.tensor([len(e) for e in values["embeds"]])}
+        if s.float8:
+            tensors["embeds"], tensors["scales"] = to_float8(embeds)
+            difference = tensors["embeds"].float() * tensors["scales"] - embeds.float()
+            errors.append((difference.norm() / embeds.float().norm()).item())
         if values["pooled"]:
             tensors["pooled"] = torch.stack(values["pooled"])
-        if family.guidance is None:
+        if family.negative_prompt is not None:
             tensors["negative"] = negative
-        if settings.images:
-            latents = [encode_image(pipe, family, image, settings.size) for _, image in part]
+        if s.images:
+            latents = [encode_image(pipe, family, image, s.size) for _, image in part]
             tensors["latents"] = torch.stack(latents)
-        prompts = json.dumps([prompt for prompt, _ in part])
-        with atomic(path) as temporary:
-            save_file(tensors, temporary, about | {"prompts": prompts})
-    if rank == 0:
-        print(f"{len(rows)} prompts, {count} shards in {settings.out}")
+        with writing(path) as temporary:
+            save_file(tensors, temporary, about | {"prompts": json.dumps(prompts)})
+    if cut:
+        print(f"{cut} prompts of this process have more than {s.max_length} tokens and were cut")
+    if errors:
+        print(f"float8: relative RMS error of the embeddings {max(errors):.3f} or less")
+    if here.rank == 0:
+        print(f"{len(rows)} prompts, {count} shards in {s.out}")
 
 
-def load_encoders(settings: Settings, family: dm.Family, with_vae: bool) -> Any:
-    """The pipeline without its transformer."""
-    if settings.tiny:
-        from text_to_image.tiny_models import demo_pipeline
-
-        return demo_pipeline(family)
-    without = ["transformer"] if with_vae else ["transformer", "vae"]
-    return dm.load_base(family, settings.base or None, without=without)
-
-
-def check_shard(path: Path, about: dict[str, str]) -> bool:
-    """Whether a shard is whole. Raises: ValueError if it was made from something else."""
-    from safetensors import SafetensorError, safe_open
-
+def check_shard(path: str, about: dict[str, str]) -> bool:
+    """Whether a shard is there and whole. Raises: ValueError if it was made from something else."""
     try:
-        with safe_open(path, "pt") as file:
-            before = file.metadata() or {}
-    except (SafetensorError, OSError):
+        before = Shard(path).about
+    except (ValueError, OSError):
         return False
     for key, value in about.items():
         if before.get(key) != value:
-            raise ValueError(
-                f"{path} was made with {key} {before.get(key)}, this command has {value}; "
-                "choose another --out"
-            )
+            given = f"{path} was made with {key} {before.get(key)}, this command has {value}"
+            raise ValueError(f"{given}; choose another --out")
     return True
 
 
 # ---- Reading -------------------------------------------------------------------------------------
 
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+
+
+def read_bytes(path: str, start: int, stop: int) -> bytes:
+    """Bytes start to stop of a local or remote file."""
+    if is_remote(path):
+        import fsspec
+
+        filesystem, name = fsspec.core.url_to_fs(path)
+        return filesystem.cat_file(name, start=start, end=stop)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+class Shard:
+    """A safetensors file of which single rows are read. Raises: ValueError if it is damaged."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.start = 8 + int.from_bytes(read_bytes(path, 0, 8), "little")
+            self.tensors = json.loads(read_bytes(path, 8, self.start))
+            self.about = self.tensors.pop("__metadata__")
+            self.prompts = json.loads(self.about.pop("prompts"))
+            self.lengths = self.rows("lengths", 0, len(self.prompts))
+            end = self.start + max(value["data_offsets"][1] for value in self.tensors.values())
+            if not read_bytes(path, end - 1, end):
+                raise ValueError("its end is missing")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{path} is damaged, delete it and run again: {error}") from error
+
+    def rows(self, key: str, begin: int, end: int) -> Tensor:
+        """Rows begin to end of a tensor."""
+        about = self.tensors[key]
+        shape, dtype = about["shape"][1:], DTYPES[about["dtype"]]
+        row_bytes = math.prod(shape) * dtype.itemsize
+        start = self.start + about["data_offsets"][0]
+        data = read_bytes(self.path, start + begin * row_bytes, start + end * row_bytes)
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(end - begin, *shape)
+
 
 class PromptCache:
-    """A folder of shards; rows are read from the files when they are needed.
+    """A folder of shards, local or remote; rows are read from the files when they are needed.
 
     Raises: ValueError if the folder is empty or incomplete, or a shard is damaged, of another
-    encoder than the others, or not of this family, base and width.
+    encoder than the others, or not of this family, base, width and unconditional prompt.
     """
 
-    def __init__(self, folder: str | Path, family: dm.Family, base: str, width: int):
-        from safetensors import SafetensorError, safe_open
-
-        paths = sorted(Path(folder).glob("shard_*.safetensors"))
-        if not paths:
+    def __init__(self, folder: str | Path, family: Family, base: str, width: int):
+        names = list_files(folder, "shard_")
+        if not names:
             raise ValueError(f"--prompts {folder}: no shards; see text_to_image.cache_prompts")
-        self.files, self.places, self.lengths, self.prompts, first = [], [], [], [], None
-        for path in paths:
-            try:
-                file = safe_open(path, "pt")
-                lengths, about = file.get_tensor("lengths"), dict(file.metadata())
-                self.prompts += json.loads(about.pop("prompts"))
-            except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-                raise ValueError(f"{path} is damaged, delete it and run again: {error}") from error
-            first = first or about
-            wanted = first | {"family": family.name, "base": base}
+        self.shards = [Shard(join(folder, name)) for name in names]
+        wanted = self.shards[0].about | {"family": family.name, "base": base}
+        wanted["negative"] = repr(family.negative_prompt)
+        for shard in self.shards:
             for key, value in wanted.items():
-                if about.get(key) != value:
-                    raise ValueError(f"{path} is of {key} {about.get(key)}, needed is {value}")
-            ends = lengths.cumsum(0)
-            stored = file.get_slice("embeds").get_shape()
-            if stored[1] != width or stored[0] != ends[-1]:
-                raise ValueError(
-                    f"{path}: embeddings {stored} in place of {[int(ends[-1]), width]}"
-                )
-            self.files.append(file)
-            starts = (ends - lengths).tolist()
-            self.places += [(len(self.files) - 1, i, start) for i, start in enumerate(starts)]
-            self.lengths += lengths.tolist()
-        if len(paths) != int(first["shards"]):
-            raise ValueError(f"--prompts {folder}: {len(paths)} of {first['shards']} shards")
-        keys = set(self.files[0].keys())
-        self.has_pooled, self.has_latents = "pooled" in keys, "latents" in keys
+                if shard.about.get(key) != value:
+                    given = f"{shard.path} is of {key} {shard.about.get(key)}"
+                    raise ValueError(f"{given}, needed is {value}")
+            needed = [int(shard.lengths.sum()), width]
+            if (stored := shard.tensors["embeds"]["shape"]) != needed:
+                raise ValueError(f"{shard.path}: embeddings {stored} in place of {needed}")
+        if len(names) != int(wanted["shards"]):
+            raise ValueError(f"--prompts {folder}: {len(names)} of {wanted['shards']} shards")
+        self.prompts = [prompt for shard in self.shards for prompt in shard.prompts]
+        self.lengths = torch.cat([shard.lengths for shard in self.shards])
+        self.starts = torch.cat([shard.lengths.cumsum(0) - shard.lengths for shard in self.shards])
+        self.firsts = torch.tensor([0, *(len(s.prompts) for s in self.shards)]).cumsum(0)
+        self.has_latents = "latents" in self.shards[0].tensors
         self.negative = None
-        if "negative" in keys:
-            self.negative = dm.Conditions(self.files[0].get_tensor("negative")[None])
+        if family.negative_prompt is not None:
+            length = self.shards[0].tensors["negative"]["shape"][0]
+            self.negative = Conditions(self.shards[0].rows("negative", 0, length)[None])
+        self._epoch, self._order = None, None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def _read(self, key: str, rows: Sequence[int]) -> Iterator[Tensor]:
-        for row in rows:
-            file, i, start = self.places[row]
-            begin, end = (start, start + self.lengths[row]) if key == "embeds" else (i, i + 1)
-            yield self.files[file].get_slice(key)[begin:end]
+    def _shard(self, row: int) -> tuple[Shard, int]:
+        """The shard of a row, and its place in it."""
+        number = int(torch.searchsorted(self.firsts, row, right=True)) - 1
+        return self.shards[number], row - int(self.firsts[number])
 
-    def conditions(self, rows: Sequence[int]) -> dm.Conditions:
+    def _embeds(self, row: int) -> Tensor:
+        shard, _ = self._shard(row)
+        start = int(self.starts[row])
+        end = start + int(self.lengths[row])
+        embeds = shard.rows("embeds", start, end)
+        if "scales" not in shard.tensors:
+            return embeds
+        return embeds.float() * shard.rows("scales", start, end)
+
+    def _stack(self, key: str, rows: Sequence[int]) -> Tensor:
+        parts = [self._shard(row) for row in rows]
+        return torch.cat([shard.rows(key, i, i + 1) for shard, i in parts])
+
+    def conditions(self, rows: Sequence[int]) -> Conditions:
         """The prompts of these rows, padded to the longest."""
-        parts = dm.Conditions.stack([dm.Conditions(e[None]) for e in self._read("embeds", rows)])
-        pooled = torch.cat(list(self._read("pooled", rows))) if self.has_pooled else None
-        return parts._replace(pooled=pooled)
+        parts = Conditions.stack([Conditions(self._embeds(row)[None]) for row in rows])
+        if "pooled" not in self.shards[0].tensors:
+            return parts
+        return parts._replace(pooled=self._stack("pooled", rows))
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """(B, C, H, W) of the images of these rows."""
-        return torch.cat(list(self._read("latents", rows)))
+        return self._stack("latents", rows)
 
-    def micro_batches(self, batch: int, micro_batch: int, seed: int, iteration: int) -> list[list]:
-        """The rows of one iteration, in micro-batches of prompts of similar lengths.
+    def rows_of(self, iteration: int, batch: int, seed: int) -> list[int]:
+        """The rows of one iteration, sorted by length.
 
         Every epoch has an order of its own; the position follows from the iteration alone.
         """
-        rows, orders = [], {}
-        for place in range(iteration * batch, (iteration + 1) * batch):
-            epoch, index = divmod(place, len(self))
-            if epoch not in orders:
+        rows = []
+        for place_in_run in range(iteration * batch, (iteration + 1) * batch):
+            epoch, index = divmod(place_in_run, len(self))
+            if self._epoch != (seed, epoch):
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                orders[epoch] = torch.randperm(len(self), generator=generator)
-            rows.append(int(orders[epoch][index]))
-        rows.sort(key=lambda row: self.lengths[row])
-        return [rows[i : i + micro_batch] for i in range(0, batch, micro_batch)]
+                self._order = torch.randperm(len(self), generator=generator)
+                self._epoch = (seed, epoch)
+            rows.append(int(self._order[index]))
+        return sorted(rows, key=lambda row: int(self.lengths[row]))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; see the top of the file."""
+    keep_freed_memory()
     settings = parse(Settings, __doc__, argv)
-    with processes(settings.device) as place:
-        cache(settings, place)
+    with processes(settings.device) as here:
+        cache(settings, here)
 
 
 if __name__ == "__main__":
