@@ -56,7 +56,7 @@ class Settings:
     )
     tiny: bool = setting(False, "small stand-ins in place of the real encoders")
     column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
-    images: str | None = setting(None, "field of the image files in a JSONL file, for their latents")
+    images: str | None = setting(None, "field of the image files in a JSONL file; no latents")
     size: int = setting(1024, "side of the images in pixels, after cropping to a square", low=16)
     split: str = setting("train", "split of a dataset on the Hub")
     limit: int | None = setting(None, "number of prompts to use; all of them", low=1)

@@ -1,109 +1,152 @@
 """The page of `python -m text_to_image.generate --ui`: prompts and pictures in a browser."""
 
 import base64
+import dataclasses
 import html
 import io
+import random
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+from common.cli import check_settings
+from text_to_image.families import import_diffusers, require_package
+from text_to_image.loading import release_memory
 
-from text_to_image.families import import_diffusers, release_memory, require_package
-from text_to_image.generate import MODELS, OUT_OF_MEMORY, FewStep, Result, load_from, report
-from text_to_image.tiny_fashion import SIDE
+LARGEST = 2**53 - 1  # whole number that a browser can send
 
 
-def build_page(settings: Any) -> Any:
+def build_page(settings: Any, editing: dict[str, bool], load: Callable, draw: Callable) -> Any:
     """The Gradio page for the flags of generate.py. A model is loaded when it is first drawn with.
 
     Pictures are sent inside the page, so none is left on disk; what concerns local files (errors
     and warnings of loading) goes to the terminal.
+
+    Args: editing: model -> whether it takes reference images; load(settings) -> FewStep;
+        draw(generate, settings, prompts, images, references) -> Result.
     """
     require_package("gradio", "--ui")
     import gradio as gr
 
-    loaded: dict[str, FewStep] = {}
+    loaded: dict[str, Any] = {}
 
-    def model_named(name: str) -> FewStep:
-        if name not in loaded:
+    def model_of(chosen: Any) -> Any:
+        if chosen.model not in loaded:
             loaded.clear()  # one model at a time fits
             release_memory()
             try:
-                loaded[name] = load_from(settings, name)
+                loaded[chosen.model] = load(chosen)
             except (ValueError, OSError, ImportError) as error:
                 print(f"error: {error}", file=sys.stderr)
-                raise gr.Error(f"{name} could not be loaded; the terminal says why") from error
-        return loaded[name]
+                said = f"{chosen.model} could not be loaded; the terminal says why"
+                raise gr.Error(said) from error
+        return loaded[chosen.model]
 
-    def draw(prompt, model, nfe, temperature, seed, images, width, height):
-        try:
-            generate = model_named(model)
-            with warnings.catch_warnings(record=True) as notes:
-                warnings.simplefilter("always", UserWarning)
-                result = generate(
-                    prompt, int(images), int(height), int(width), int(nfe), int(seed),
-                    temperature=temperature or None, total_substeps=settings.total_substeps,
-                    solver=settings.solver, batch=settings.batch,
-                )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            raise gr.Error(OUT_OF_MEMORY) from error
-        except (ValueError, TypeError) as error:
-            raise gr.Error(str(error)) from error
+    def on_draw(
+        prompt, model, nfe, temperature, seed, images, width, height, references, with_trajectory
+    ):
+        chosen = dataclasses.replace(
+            settings, model=model, prompt=(prompt,), seed=seed, images=images, width=width,
+            height=height, nfe=nfe or None, temperature=temperature or None,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                if not prompt.strip():
+                    raise ValueError("prompt: it is empty")
+                check_settings(chosen)  # before a model is loaded
+                generate = model_of(chosen)
+                references = references if editing[model] and references else ()
+                result = draw(generate, chosen, [prompt], images, references)
+                pictures = gallery(result.images, [f"seed {seed}" for seed in result.seeds])
+                trajectory = ""
+                if with_trajectory:
+                    trajectory = trajectory_of(generate, result)
+            except (ValueError, OSError, TypeError) as error:
+                raise gr.Error(str(error)) from error
+        seeds = f"seed {result.seeds[0]}"
+        if len(result.seeds) > 1:
+            seeds = f"seeds {result.seeds[0]} to {result.seeds[-1]}"
         notes = [str(note.message) for note in notes if note.category is UserWarning]
-        return gallery(result), "\n".join([report(result), *notes])
+        return pictures, trajectory, "\n".join([f"{len(result.seeds)} images, {seeds}", *notes])
 
-    side = SIDE if settings.tiny else 1024
-    with gr.Blocks(title="pi-Flow text to image", analytics_enabled=False) as page:
+    with gr.Blocks(
+        title="pi-Flow text to image", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
         note = " (a small model of clothes; FLUX is random)" * settings.tiny
         gr.Markdown("## Few-step text to image" + note)
         with gr.Row():
             with gr.Column():
                 prompt = gr.Textbox(" ".join(settings.prompt), label="Prompt", lines=3)
-                model = gr.Dropdown(list(MODELS), value=settings.model, label="Model")
+                model = gr.Dropdown(list(editing), value=settings.model, label="Model")
+                references = gr.File(
+                    label="Reference images to edit (FLUX.2)", file_count="multiple",
+                    file_types=["image"], visible=editing[settings.model],
+                )  # fmt: skip
                 with gr.Row():
-                    trained = settings.nfe or MODELS[settings.model].nfe
-                    nfe = gr.Slider(1, 32, trained, step=1, label="Network evaluations")
+                    label = "Network evaluations (0: as trained)"
+                    nfe = gr.Slider(0, 32, settings.nfe or 0, step=1, label=label)
                     label = "Temperature (0: automatic)"
-                    temperature = gr.Number(settings.temperature, label=label, minimum=0)
+                    temperature = gr.Number(settings.temperature or 0, label=label, minimum=0)
                 with gr.Row():
-                    seed = gr.Number(settings.seed, label="Seed", precision=0, minimum=0)
+                    seed = gr.Number(
+                        settings.seed, label="Seed", precision=0, minimum=0, maximum=LARGEST
+                    )
+                    dice = gr.Button("Random seed")
                     images = gr.Slider(1, 8, settings.images, step=1, label="Images")
                 with gr.Row():
-                    width = gr.Number(settings.width or side, label="Width", precision=0)
-                    height = gr.Number(settings.height or side, label="Height", precision=0)
+                    automatic = {"precision": 0, "placeholder": "automatic"}
+                    width = gr.Number(settings.width, label="Width", **automatic)
+                    height = gr.Number(settings.height, label="Height", **automatic)
                 button = gr.Button("Draw", variant="primary")
             with gr.Column():
                 pictures = gr.HTML(label="Pictures")
+                show = gr.Checkbox(True, label="Show what each network evaluation expects")
+                trajectory = gr.HTML(label="Trajectory")
                 status = gr.Textbox(label="Status", lines=2, interactive=False)
-        model.change(lambda name: MODELS[name].nfe, model, nfe, api_visibility="private")
-        inputs = [prompt, model, nfe, temperature, seed, images, width, height]
-        button.click(draw, inputs, [pictures, status], api_name="draw", concurrency_limit=1)
+        private = {"api_visibility": "private"}
+        model.change(lambda name: gr.File(visible=editing[name]), model, references, **private)
+        dice.click(lambda: random.randrange(2**31), None, seed, **private)
+        inputs = [prompt, model, nfe, temperature, seed, images, width, height, references, show]
+        outputs = [pictures, trajectory, status]
+        button.click(on_draw, inputs, outputs, api_name="draw", concurrency_limit=1)
     return page
 
 
-def gallery(result: Result) -> str:
-    """The pictures as HTML that holds them, each with its seed; a click saves one."""
+def trajectory_of(generate: Any, result: Any) -> str:
+    """The first picture as each network evaluation expects it, from noise to the end."""
+    thumbnails = []
+    for estimate in result.estimates:
+        (image,) = generate.decode(estimate[:1])
+        image.thumbnail((192, 192))
+        thumbnails.append(image)
+    captions = [f"evaluation {i}, t = {t:.2f}" for i, t in enumerate(result.times, 1)]
+    return gallery(thumbnails, captions)
+
+
+def gallery(images: Sequence[Any], captions: Sequence[str]) -> str:
+    """Pictures as HTML that holds them, each with its caption; a click saves one."""
     figures = []
-    for image, seed in zip(result.images, result.seeds, strict=True):
+    for image, caption in zip(images, captions, strict=True):
         file = io.BytesIO()
         image.save(file, "png")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        name = html.escape(f"seed {seed}")
+        name = html.escape(caption)
         figures.append(
-            f'<a href="{url}" download="seed{seed}.png" title="save {name}">'
+            f'<a href="{url}" download="{name.replace(" ", "_")}.png" title="save {name}">'
             f'<img src="{url}" alt="{name}" style="max-width: 100%"><br>{name}</a>'
         )
     return '<div style="display: flex; flex-wrap: wrap; gap: 1em">' + "".join(figures) + "</div>"
 
 
-def open_page(settings: Any) -> None:
+def open_page(settings: Any, editing: dict[str, bool], load: Callable, draw: Callable) -> None:
     """Serves the page on --host, by default the loopback address, until Ctrl-C."""
     import_diffusers()
-    page = build_page(settings).queue()
-    _, address, _ = page.launch(
-        server_name=settings.host, server_port=settings.port, share=False, quiet=True,
+    page = build_page(settings, editing, load, draw).queue()
+    _, address, public = page.launch(
+        server_name=settings.host, server_port=settings.port, share=settings.share, quiet=True,
         prevent_thread_lock=True,
     )  # fmt: skip
-    print(f"the page is at {address}; Ctrl-C ends it", flush=True)
+    print(f"the page is at {public or address}; Ctrl-C ends it", flush=True)
     page.block_thread()
