@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common.cli import DEVICE_HELP, keep_freed_memory, parse, run_cli, setting
 from common.files import is_remote, join, list_files, remove_leftovers, writing
 from common.images import read_image, square
-from imagenet.distributed import Place, processes
+from common.train import Place, processes
 from text_to_image.families import FAMILIES, Conditions, Family
 from text_to_image.loading import load_base, place
 from text_to_image.prompts import KNOWN, MAX_TOKENS, Row, cut_message, cut_off, read_source
@@ -39,6 +39,7 @@ if not __package__:
     raise SystemExit("start it in the repository's root: python -m text_to_image.cache_prompts")
 
 SHARD_BYTES = 1e9
+LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
 FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
@@ -218,6 +219,8 @@ class Shard:
         self.path = path
         try:
             self.start = 8 + int.from_bytes(read_bytes(path, 0, 8), "little")
+            if self.start > LONGEST_HEADER:
+                raise ValueError("it does not begin with a header")
             self.tensors = json.loads(read_bytes(path, 8, self.start))
             self.about = self.tensors.pop("__metadata__")
             self.prompts = json.loads(self.about.pop("prompts"))

@@ -46,7 +46,11 @@ class FewStep:
         self, pipe: Any, family: dm.Family, policy: PolicySpec, nfe: int = 4, elastic: bool = False,
         trained: Sampling | None = None, h: float = 0.0, shift: float | None = None,
     ):  # fmt: skip
-        self.pipe, self.family, self.policy, self.elastic, self.h = pipe, family, policy, elastic, h
+        self.pipe = pipe
+        self.family = family
+        self.policy = policy
+        self.elastic = elastic
+        self.h = h
         embedded = family.embedded_guidance(pipe.transformer)
         if trained is None:
             trained = Sampling(
@@ -100,7 +104,10 @@ class FewStep:
         if self.policy.kind == "DX":
             temperature = 1.0
         student = self.student(conditions, guidance)
-        levels = flow_map_schedule(nfe, shift, self.trained.final_step_size_scale, h).t_to.tolist()
+        final_step = self.trained.final_step_size_scale
+        levels = []
+        if callback is not None:
+            levels = flow_map_schedule(nfe, shift, final_step, h).t_to.tolist()
         steps = itertools.count()
 
         def watched(x: Tensor, t: Tensor) -> Policy:
@@ -113,8 +120,8 @@ class FewStep:
             return policy
 
         x = sample(
-            watched, noise, nfe, shift, self.trained.final_step_size_scale, h,
-            min(temperature, 1.0), total_substeps or self.trained.total_substeps, generator,
+            watched, noise, nfe, shift, final_step, h, min(temperature, 1.0),
+            total_substeps or self.trained.total_substeps, generator,
             solver or self.trained.solver,
         )  # fmt: skip
         if callback is not None:

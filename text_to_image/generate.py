@@ -152,7 +152,8 @@ def load(
         loading.place(pipe, device, offload)
     generate = FewStep(pipe, family, spec, card.nfe, card.elastic, found.sampling, h, shift)
     if adapter and found.sampling is None:
-        known = f"{generate.nfe} evaluations, guidance {generate.guidance}"
+        guidance = "no guidance" if generate.guidance is None else f"guidance {generate.guidance}"
+        known = f"{generate.nfe} evaluations, {guidance}"
         given = f"adapter {adapter} does not state what it was trained at"
         warnings.warn(f"{given}; it is used as {model}: {known}", stacklevel=2)
     if family.embeds_guidance and generate.guidance is None:

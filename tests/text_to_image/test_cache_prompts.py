@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +11,20 @@ import torch
 pytest.importorskip("diffusers", reason="needs requirements-extra.txt (diffusers)")
 pytest.importorskip("transformers", reason="needs requirements-extra.txt (transformers)")
 
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 import text_to_image.cache_prompts as cache_prompts  # noqa: E402
 import text_to_image.families as dm  # noqa: E402
-from imagenet.distributed import Place  # noqa: E402
+from common.train import Place  # noqa: E402
 from text_to_image.cache_prompts import PromptCache, Settings  # noqa: E402
-from text_to_image.tiny_models import tiny_pipeline  # noqa: E402
+from text_to_image.tiny import tiny_pipeline  # noqa: E402
 
 CPU = torch.device("cpu")
 ONE = Place(0, 1, CPU)
 PROMPTS = ["a bag", "a long red coat on a chair", "boots", "a shirt, folded", "sandals by the sea"]
 WIDTH = 24
+QWEN = dm.FAMILIES["qwen"]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +35,12 @@ def pipes():
 @pytest.fixture
 def settings(tmp_path):
     source = tmp_path / "prompts.txt"
-    source.write_text("\ufeff" + "\n\n".join(PROMPTS) + "\n", "utf-8")
-    return Settings(str(source), tmp_path / "cache", "qwen", tiny=True, batch=2)
+    source.write_text("\ufeff" + "\n".join(PROMPTS) + "\n", "utf-8")
+    return Settings(str(source), str(tmp_path / "cache"), "qwen", tiny=True, batch=2)
 
 
 def shards(settings) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in sorted(settings.out.glob("*"))}
+    return {p.name: p.stat().st_mtime_ns for p in sorted(Path(settings.out).glob("*"))}
 
 
 @pytest.mark.parametrize("name", dm.FAMILIES)
@@ -47,11 +51,11 @@ def test_rows_are_what_the_text_encoder_gives(name, settings, pipes):
     cache = PromptCache(settings.out, family, "tiny", WIDTH)
     assert cache.prompts == PROMPTS and len(cache) == 5
     actual = cache.conditions([3, 1])
-    expected = dm.encode_prompts(pipe, family, [PROMPTS[3], PROMPTS[1]], settings.max_length)
+    expected = family.encode_prompts(pipe, [PROMPTS[3], PROMPTS[1]], settings.max_length)
     torch.testing.assert_close(actual.embeds, expected.embeds, atol=1e-5, rtol=1e-5)
     if name == "qwen":
         assert torch.equal(actual.mask, expected.mask.bool())
-        negative = dm.encode_prompts(pipe, family, [" "])
+        negative = family.encode_prompts(pipe, [""])
         torch.testing.assert_close(cache.negative.embeds, negative.embeds)
     else:
         assert actual.mask is None and cache.negative is None
@@ -64,22 +68,23 @@ def test_shards_are_small_shared_by_processes_and_resumable(settings, pipes, mon
     cache_prompts.cache(settings, Place(1, 2, CPU), pipes["qwen"])
     assert list(shards(settings)) == ["shard_00001.safetensors"]
     with pytest.raises(ValueError, match="1 of 3 shards"):
-        PromptCache(settings.out, dm.FAMILIES["qwen"], "tiny", WIDTH)
+        PromptCache(settings.out, QWEN, "tiny", WIDTH)
     cache_prompts.cache(settings, Place(0, 2, CPU), pipes["qwen"])
     before = shards(settings)
     assert len(before) == 3 and all(
-        path.stat().st_size < 2 * 512 * WIDTH * 4 for path in settings.out.glob("*.safetensors")
+        path.stat().st_size < 2 * 512 * WIDTH * 4
+        for path in Path(settings.out).glob("*.safetensors")
     )
-    (settings.out / "shard_00000.safetensors").write_bytes(b"half a file")
+    Path(settings.out, "shard_00000.safetensors").write_bytes(b"half a file")
     cache_prompts.cache(settings, ONE, pipes["qwen"])
     after = shards(settings)
     assert [name for name in before if before[name] != after[name]] == ["shard_00000.safetensors"]
-    assert PromptCache(settings.out, dm.FAMILIES["qwen"], "tiny", WIDTH).prompts == PROMPTS
+    assert PromptCache(settings.out, QWEN, "tiny", WIDTH).prompts == PROMPTS
 
 
 def test_another_encoder_or_source_is_refused(settings, pipes, tmp_path):
     cache_prompts.cache(settings, ONE, pipes["qwen"])
-    other = tiny_pipeline(dm.FAMILIES["qwen"], seed=1)
+    other = tiny_pipeline(QWEN, seed=1)
     with pytest.raises(ValueError, match="made with encoder"):
         cache_prompts.cache(settings, ONE, other)
     with pytest.raises(ValueError, match="made with max_length 512"):
@@ -87,30 +92,103 @@ def test_another_encoder_or_source_is_refused(settings, pipes, tmp_path):
     with pytest.raises(ValueError, match="is of family qwen, needed is flux"):
         PromptCache(settings.out, dm.FAMILIES["flux"], "tiny", WIDTH)
     with pytest.raises(ValueError, match="is of base tiny, needed is Qwen/Qwen-Image"):
-        PromptCache(settings.out, dm.FAMILIES["qwen"], "Qwen/Qwen-Image", WIDTH)
+        PromptCache(settings.out, QWEN, "Qwen/Qwen-Image", WIDTH)
     with pytest.raises(ValueError, match="embeddings"):
-        PromptCache(settings.out, dm.FAMILIES["qwen"], "tiny", 3584)
-    second = replace(settings, out=tmp_path / "second")
+        PromptCache(settings.out, QWEN, "tiny", 3584)
+    second = replace(settings, out=str(tmp_path / "second"))
     cache_prompts.cache(second, ONE, other)
     name = "shard_00000.safetensors"
-    shutil.copy(second.out / name, settings.out / "shard_00001.safetensors")
+    shutil.copy(Path(second.out, name), Path(settings.out, "shard_00001.safetensors"))
     with pytest.raises(ValueError, match="shard_00001.safetensors is of encoder"):
-        PromptCache(settings.out, dm.FAMILIES["qwen"], "tiny", WIDTH)
-    (settings.out / name).write_bytes((settings.out / name).read_bytes()[:-100])
+        PromptCache(settings.out, QWEN, "tiny", WIDTH)
+    first = Path(settings.out, name)
+    first.write_bytes(first.read_bytes()[:-100])
     with pytest.raises(ValueError, match="shard_00000.safetensors is damaged"):
-        PromptCache(settings.out, dm.FAMILIES["qwen"], "tiny", WIDTH)
+        PromptCache(settings.out, QWEN, "tiny", WIDTH)
 
 
-def test_every_epoch_sees_every_prompt_in_micro_batches_of_similar_length(settings, pipes):
+def test_every_epoch_sees_every_prompt_sorted_by_length(settings, pipes):
     cache_prompts.cache(settings, ONE, pipes["qwen"])
-    cache = PromptCache(settings.out, dm.FAMILIES["qwen"], "tiny", WIDTH)
-    seen = [row for i in range(5) for part in cache.micro_batches(4, 2, 0, i) for row in part]
-    assert sorted(seen) == sorted(list(range(5)) * 4)  # 20 places are 4 epochs of 5
-    for i in range(5):
-        parts = cache.micro_batches(4, 2, 0, i)
-        lengths = [[cache.lengths[row] for row in part] for part in parts]
-        assert max(lengths[0]) <= min(lengths[1])
-    assert len({str(cache.micro_batches(4, 2, seed, 0)) for seed in range(5)}) > 1
+    cache = PromptCache(settings.out, QWEN, "tiny", WIDTH)
+    parts = [cache.rows_of(i, 4, seed=0) for i in range(5)]
+    assert sorted(sum(parts, [])) == sorted(list(range(5)) * 4)  # 20 places are 4 epochs of 5
+    assert len(set(parts[0])) == 4
+    for part in parts:
+        lengths = [int(cache.lengths[row]) for row in part]
+        assert lengths == sorted(lengths)
+    again = PromptCache(settings.out, QWEN, "tiny", WIDTH)
+    assert again.rows_of(3, 4, seed=0) == parts[3]  # from the iteration alone
+    assert len({str(cache.rows_of(0, 4, seed)) for seed in range(5)}) > 1
+
+
+def test_an_old_cache_with_another_unconditional_prompt_is_refused(settings, pipes):
+    """Qwen-Image's is the empty string; earlier caches had a space and did not say so."""
+    cache_prompts.cache(settings, ONE, pipes["qwen"])
+    path = Path(settings.out, "shard_00000.safetensors")
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    for negative in (None, "' '"):
+        old = {key: value for key, value in about.items() if key != "negative"}
+        save_file(tensors, path, old if negative is None else old | {"negative": negative})
+        with pytest.raises(ValueError, match=f"is of negative {negative}, needed is ''"):
+            PromptCache(settings.out, QWEN, "tiny", WIDTH)
+        with pytest.raises(ValueError, match=f"made with negative {negative}, this command has ''"):
+            cache_prompts.cache(settings, ONE, pipes["qwen"])
+
+
+@pytest.mark.parametrize("name", dm.FAMILIES)
+def test_float8_is_half_as_large_and_states_its_error(name, settings, pipes, capsys):
+    family, pipe = dm.FAMILIES[name], pipes[name]
+    length = 512 if name == "qwen" else 48
+    settings = replace(settings, family=name, max_length=length, float8=True)
+    cache_prompts.cache(settings, ONE, pipe)
+    said = float(
+        capsys.readouterr().out.split("relative RMS error of the embeddings ")[1].split()[0]
+    )
+    cache = PromptCache(settings.out, family, "tiny", WIDTH)
+    actual = cache.conditions(range(5)).embeds
+    expected = family.encode_prompts(pipe, PROMPTS, length).embeds
+    error = (actual - expected).norm() / expected.norm()
+    assert 0.005 < error < 0.04 and abs(error - said) < 0.002
+    tensors = load_file(Path(settings.out, "shard_00000.safetensors"))
+    assert tensors["embeds"].dtype == torch.float8_e4m3fn
+    assert tensors["embeds"].shape[0] == len(tensors["scales"])
+    with pytest.raises(ValueError, match="made with float8 True, this command has False"):
+        cache_prompts.cache(replace(settings, float8=False), ONE, pipe)
+
+
+def test_a_remote_cache(settings, pipes):
+    """Written to and read from a filesystem of fsspec, row by row."""
+    fsspec = pytest.importorskip("fsspec", reason="needs fsspec (optional)")
+    local, remote = settings, replace(settings, out="memory://bucket/cache")
+    for chosen in (local, remote):
+        cache_prompts.cache(chosen, ONE, pipes["qwen"])
+    memory = fsspec.filesystem("memory")
+    assert [name.rsplit("/")[-1] for name in memory.ls("/bucket/cache", detail=False)] == [
+        "shard_00000.safetensors"
+    ]
+    memory.ls("/bucket/cache")
+    caches = [PromptCache(chosen.out, QWEN, "tiny", WIDTH) for chosen in (local, remote)]
+    near, far = (cache.conditions([4, 0]) for cache in caches)
+    assert torch.equal(near.embeds, far.embeds) and torch.equal(near.mask, far.mask)
+    before = memory.modified("/bucket/cache/shard_00000.safetensors")
+    cache_prompts.cache(remote, ONE, pipes["qwen"])  # nothing to do
+    assert memory.modified("/bucket/cache/shard_00000.safetensors") == before
+
+
+def test_prompts_that_are_cut_are_counted(settings, pipes, capsys, tmp_path):
+    source = tmp_path / "long.txt"
+    source.write_text("a bag\n" + "word " * 300 + "end\n" + "word " * 400 + "\n")
+    cache_prompts.cache(replace(settings, source=str(source)), ONE, pipes["qwen"])
+    said = capsys.readouterr().out
+    assert said.count("cut off is") == 1 and "prompt 2: " in said
+    assert "2 prompts of this process have more than 512 tokens and were cut" in said
+
+
+def test_limit_takes_the_first(settings, pipes):
+    cache_prompts.cache(replace(settings, limit=3), ONE, pipes["qwen"])
+    assert PromptCache(settings.out, QWEN, "tiny", WIDTH).prompts == PROMPTS[:3]
 
 
 def test_jsonl_with_images(settings, pipes, tmp_path):
@@ -124,44 +202,13 @@ def test_jsonl_with_images(settings, pipes, tmp_path):
     source.write_text("\n".join(lines))
     settings = replace(settings, source=str(source), column="text", images="file", size=32)
     cache_prompts.cache(settings, ONE, pipes["qwen"])
-    cache = PromptCache(settings.out, dm.FAMILIES["qwen"], "tiny", WIDTH)
+    cache = PromptCache(settings.out, QWEN, "tiny", WIDTH)
     latents = cache.latents([1, 0])
     assert latents.shape == (2, 4, 4, 4) and not torch.equal(latents[0], latents[1])
-    source.write_text("\n".join([*lines, '{"text": "no file"}']))
-    with pytest.raises(ValueError, match="prompts.jsonl, line 3: not an object with text and file"):
-        cache_prompts.read_prompts(settings)
-
-
-@pytest.mark.parametrize("name", dm.FAMILIES)
-def test_image_latents_are_those_that_decode_takes(name, pipes, tmp_path, monkeypatch):
-    """`decode` hands the VAE back what the VAE's encoder gave."""
-    from PIL import Image
-
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    pipe, family = pipes[name], dm.FAMILIES[name]
-    z = torch.randn(1, 4, *(() if name != "qwen" else (1,)), 4, 4)
-    got = []
-    found = SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: z))
-    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: found)
-
-    def decode(latent, return_dict):
-        got.append(latent)
-        return (torch.zeros(1, 3, *(() if name != "qwen" else (1,)), 32, 32),)
-
-    monkeypatch.setattr(pipe.vae, "decode", decode)
-    latent = cache_prompts.encode_image(pipe, family, str(tmp_path / "a.png"), 32)
-    dm.decode(pipe, family, latent[None])
-    torch.testing.assert_close(got[0], z, atol=1e-5, rtol=1e-5)
 
 
 def test_bad_sources(tmp_path, settings):
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n \n")
-    with pytest.raises(ValueError, match="empty.txt: there is no prompt in it"):
-        cache_prompts.read_prompts(Settings(str(empty)))
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        cache_prompts.read_prompts(Settings(str(tmp_path / "missing.txt")))
-    with pytest.raises(ValueError, match="only a JSONL file"):
-        cache_prompts.read_prompts(replace(settings, images="file"))
+    with pytest.raises(ValueError, match="source is missing: .txt"):
+        cache_prompts.read_prompts(Settings())
     with pytest.raises(ValueError, match="no shards"):
-        PromptCache(tmp_path, dm.FAMILIES["qwen"], "tiny", WIDTH)
+        PromptCache(tmp_path, QWEN, "tiny", WIDTH)
