@@ -11,425 +11,396 @@ One base, two roles (student.py). The base transformer is loaded once and frozen
 LoRA, its own output norm and policy head; these alone are trained. Teacher: the base without them.
 
 No images are needed (Algorithm 3): a sample starts from noise, its segments follow each other, and
-their gradients are summed. With --data-dependent it starts from noisy image latents (Algorithm 2).
+their gradients are summed. With --data-dependent it starts from noisy image latents (Algorithm 2),
+as the published adapters did. Presets without that flag: gm-qwen and gm-flux equal public data-free
+configurations, the others are data-free variants of data-dependent ones.
 
-Run the same command again to continue: bit for bit as if nothing had happened. What is drawn for a
-micro-batch depends on the seed, the iteration and its place in the batch, not on the number of
-processes.
-
-In --out: config.json, stats.jsonl, adapter/ (the moving average, in the published layout),
-checkpoints/ (trained parameters only), pictures/ (student above teacher, for the same noise).
+The loop is common/train.py: the same command continues a run. In --out: config.json, stats.jsonl,
+adapter/ (the moving average, in the published layout), checkpoints/ (what is trained), pictures/
+(student above teacher, for the same noise).
 """
 
-import contextlib
-import math
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from common.train import Place, TrainSettings, from_first, processes, rank, train
 from torch import Tensor, nn
 
-import imagenet.distributed as runs
-import text_to_image.families as dm
-from common.cli import parse, run_cli, setting
-from imagenet.monitor import due
-from piflow_minimal import pi_id_data_dependent, pi_id_data_free, segment_of
-from text_to_image import cache_prompts
-from text_to_image.adapters import PolicySpec
-from text_to_image.generate import FINAL_STEP_SIZE_SCALE, SHIFT
-from text_to_image.monitor import Monitor, check_memory
-from text_to_image.student import TwoRoles, export_adapter, make_student, make_teacher, shard
-from text_to_image.tiny_fashion import GUIDANCE, SIDE
+from common.cli import keep_freed_memory, parse, run_cli, setting
+from common.files import join, writing
+from common.plots import image_rows
+from common.teachers import endpoint_rmse, integrate_teacher
+from piflow_minimal import PiIDLoss, pi_id_data_dependent, pi_id_data_free, sample, segment_of
+from text_to_image import cache_prompts, loading
+from text_to_image.adapters import PolicySpec, Sampling, write_adapter
+from text_to_image.families import FAMILIES, FINAL_STEP_SIZE_SCALE, SHIFT, Family, latent_shape
+from text_to_image.student import (
+    TwoRoles,
+    adapter_of,
+    make_student,
+    make_teacher,
+    read_trained,
+    shard,
+)  # fmt: skip
+from text_to_image.tiny import GUIDANCE, SIDE, demo_pipeline
+
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m text_to_image.distill")
 
 SIZES = (  # around one megapixel
     (1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344), (1344, 768)
 )  # fmt: skip
-TINY_SIZES = ((64, 64), (48, 64))
 TINY_SCALE = 4.0  # of a random base's output layer, so that its trajectories bend
 TINY_PROMPTS = [
     f"{start} {name}" for start in ("a", "a photo of a", "the picture of one")
     for name in ("t-shirt", "pair of trousers", "pullover", "dress", "coat",
                  "sandal", "shirt", "sneaker", "bag", "ankle boot")
 ]  # fmt: skip
-MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run gives up
 
 
 # ---- Settings ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run. The defaults are the published GM-Qwen."""
+class Settings(TrainSettings):
+    """One run."""
 
-    out: str = setting("outputs/t2i", "folder of the run, local or remote (s3://...)")
-    family: str = setting("qwen", "family of the base model", choices=dm.FAMILIES)
-    base: str = setting(
-        "", "folder or Hub name of the base pipeline, in place of the published one"
+    family: str = setting("qwen", "family of the base model", choices=FAMILIES)
+    base: str | None = setting(
+        None, "folder or Hub name of the base pipeline, in place of the published one", path=True
     )
     tiny: bool = setting(False, "small stand-ins for base and prompts: no download, no GPU")
-    prompts: str = setting("", "folder of text_to_image.cache_prompts")
-    data_dependent: bool = setting(False, "start from the image latents of --prompts (Algorithm 2)")
+    prompts: str | None = setting(None, "folder of text_to_image.cache_prompts", path=True)
+    data_dependent: bool = setting(
+        False, "start from the image latents of --prompts (Algorithm 2); batch 256 by default"
+    )
+    aspect_ratios: bool = setting(
+        False, "one of seven sizes of a megapixel for each micro-batch; else 1024 x 1024"
+    )
 
-    policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx"))
-    components: int = setting(8, "mixture components K (gmflow), or grid points N (dx)", low=1)
+    policy: str = setting(
+        "gmflow", "kind of policy; dx: on a grid", choices=("gmflow", "dx", "dx-polynomial")
+    )
+    components: int = setting(8, "mixture components K, grid points N, or orders", low=1)
     nfe: int = setting(4, "segments, one network evaluation each", low=1)
     lora_rank: int = setting(256, "rank of the LoRA", low=1)
     lora_dropout: float = setting(0.05, "dropout of the LoRA's inputs", low=0, high=0.99)
     logstd_width: int = setting(1024, "inner width of the log-std head (gmflow)", low=1)
 
-    guidance: float = setting(4.0, "teacher's guidance; FLUX embeds it, in the student too", low=0)
+    guidance: float | None = setting(
+        None, "teacher's guidance, by default the family's; FLUX embeds it, in the student too",
+        low=0,
+    )  # fmt: skip
     num_intermediates: int = setting(2, "teacher queries per segment and sample", low=1)
-    mixing_iterations: int = setting(
-        0, "teacher ratio falls from 1 to 0 over these; 0: none", low=0
+    mixing_iterations: int | None = setting(
+        None, "iterations over which the teacher ratio falls from 1 to 0", low=1
     )
     window_substeps: int = setting(3, "micro-window of the prediction, in substeps", low=0)
     total_substeps: int = setting(128, "substeps of the rollout per unit of raw time", low=1)
     dropout: float = setting(0.1, "dropout of components in the rollout (gmflow)", low=0, high=0.99)
-    loss_scale: float = setting(15.0, "factor of the mean squared error", above=0)
 
-    iterations: int = setting(9000, "optimizer steps", low=1)
-    batch: int = setting(256, "samples per optimizer step, over all processes", low=1)
-    micro_batch: int = setting(2, "samples that a process handles at once", low=1)
-    lr: float = setting(1e-4, "peak of the AdamW learning rate", above=0)
-    warmup: int = setting(100, "iterations of linear warm-up, from a thousandth of --lr", low=0)
-    optimizer: str = setting("adamw", "optimizer", choices=("adamw", "adamw8bit"))
-    clip: float = setting(50.0, "largest gradient norm, from --clip-start on", above=0)
-    clip_start: int = setting(100, "first iteration whose gradient is clipped", low=0)
-    ema_start: int = setting(100, "iteration from which weights are averaged", low=0)
-    ema_gamma: float = setting(7.0, "decay of the average (1 - 1/i)^(1 + gamma)", low=0)
-
-    shard: bool = setting(False, "split all parameters over the processes (FSDP)")
-    checkpointing: bool = setting(True, "recompute activations in the backward pass")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    seed: int = setting(0, "seed of everything random", low=0)
-    log_every: int = setting(10, "iterations between lines of stats.jsonl", low=1)
-    save_every: int = setting(250, "iterations between checkpoints", low=1)
-    keep: int = setting(2, "newest checkpoints to keep", low=1)
-    picture_every: int = setting(500, "iterations between pictures of pairs; 0: none", low=0)
-    pictures: int = setting(4, "prompts and noises of the pictures", low=1)
-    teacher_steps: int = setting(50, "Euler steps of the teacher in the pictures", low=1)
-    logger: str = setting("none", "beside stats.jsonl", choices=("none", "tensorboard", "wandb"))
+    checkpointing: bool = setting(True, "recompute activations in the backward pass", free=True)
+    eval_every: int = setting(
+        500, "iterations between pictures of pairs; 0: none", low=0, free=True,
+        flag="picture-every",
+    )  # fmt: skip
+    pictures: int = setting(4, "prompts and noises of the pictures", low=1, free=True)
+    teacher_steps: int = setting(50, "Euler steps of the teacher in the pictures", low=1, free=True)
+    export: str | None = setting(
+        None, "write the adapter of this checkpoint, ours or a public .pth, and stop", path=True,
+        free=True,
+    )  # fmt: skip
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of the images; a micro-batch has one of them."""
         if self.tiny:
-            return ((SIDE, SIDE),) if self.family == "qwen" else TINY_SIZES
-        return SIZES
+            side = SIDE if self.family == "qwen" else 64
+            return ((side, side),)
+        return SIZES if self.aspect_ratios else SIZES[:1]
 
     @property
     def spec(self) -> PolicySpec:
         """How the head's output becomes a policy."""
         if self.policy == "gmflow":
             return PolicySpec("GMFlow")
+        if self.policy == "dx-polynomial":
+            return PolicySpec("DX", shift=SHIFT, mode="polynomial")
         return PolicySpec("DX", segment_of(1.0, self.nfe, FINAL_STEP_SIZE_SCALE)[1], SHIFT)
 
     def teacher_ratio(self, iteration: int) -> float:
         """Scheduled trajectory mixing: a linear decay from 1 to 0."""
-        return max(0.0, 1 - iteration / self.mixing_iterations) if self.mixing_iterations else 0.0
+        if self.mixing_iterations is None:
+            return 0.0
+        return max(0.0, 1 - iteration / self.mixing_iterations)
 
 
-_DX = {"policy": "dx", "components": 10, "dropout": 0.0}
-_FLUX = {"family": "flux", "guidance": 3.5, "iterations": 3000, "num_intermediates": 4,
-         "mixing_iterations": 2000}  # fmt: skip
+PUBLISHED = {
+    "out": "outputs/t2i", "iterations": 9000, "batch": 64, "micro_batch": 2, "loss_scale": 15.0,
+    "log_every": 10, "save_every": 250,
+}  # fmt: skip
+FLUX = PUBLISHED | {
+    "family": "flux", "iterations": 3000, "num_intermediates": 4, "mixing_iterations": 2000
+}  # fmt: skip
+DX = {"policy": "dx", "components": 10, "dropout": 0.0}
+POLYNOMIAL = DX | {"policy": "dx-polynomial"}
 PRESETS = {
-    "gm-qwen": Settings(),
-    "dx-qwen": Settings(**_DX),
-    "gm-flux": Settings(**_FLUX),
-    "gm-flux-8step": Settings(**_FLUX, nfe=8),
-    "dx-flux": Settings(**_FLUX, **_DX),
+    "gm-qwen": Settings(**PUBLISHED),
+    "dx-qwen": Settings(**PUBLISHED, **DX),
+    "dx-qwen-p10": Settings(**PUBLISHED, **POLYNOMIAL),
+    "gm-flux": Settings(**FLUX),
+    # 32 noises of 8 segments: 256 student evaluations per iteration, as in all published runs
+    "gm-flux-8step": Settings(**FLUX | {"nfe": 8, "batch": 32}),
+    "dx-flux": Settings(**FLUX, **DX),
 }
-# What may change when a run is continued; all else decides its numbers.
-RESUMABLE = {"out", "iterations", "shard", "checkpointing", "device", "log_every"}
-RESUMABLE |= {"save_every", "keep", "picture_every", "pictures", "teacher_steps", "logger"}
 
 
 def tiny(settings: Settings) -> Settings:
     """A preset's numbers for the small stand-ins."""
-    guidance = GUIDANCE if settings.family == "qwen" else settings.guidance
+    guidance = GUIDANCE if settings.family == "qwen" else None
     return replace(
         settings, tiny=True, guidance=guidance, out="outputs/t2i_tiny",
         lora_rank=8, lora_dropout=0.0, logstd_width=32,
-        iterations=100, mixing_iterations=min(settings.mixing_iterations, 50), batch=4,
+        iterations=100, mixing_iterations=settings.mixing_iterations and 50, batch=4,
         micro_batch=4, lr=2e-3, warmup=10, clip_start=20, ema_start=20, total_substeps=32,
         checkpointing=False, save_every=100, device="cpu",
     )  # fmt: skip
 
 
+# ---- The task ------------------------------------------------------------------------------------
+
+
+class Distillation:
+    """The task of `common.train.train`: the network is the base with a student's parts in it."""
+
+    def __init__(self, s: Settings, pipe: Any, prompts: Any, device: torch.device):
+        self.s, self.pipe, self.prompts, self.device = s, pipe, prompts, device
+        self.family, self.net, self.pairs = FAMILIES[s.family], pipe.transformer, None
+        torch.manual_seed(s.seed)
+        self.roles = two_roles(s, self.net)
+        self.embedded = s.guidance if self.family.embeds_guidance else None
+        if not s.shard:  # `shard` moves block by block
+            self.net.to(device)
+        if s.checkpointing:
+            self.net.enable_gradient_checkpointing()
+
+    def losses(
+        self, net: nn.Module, iteration: int, rows: range
+    ) -> Iterator[tuple[float, PiIDLoss]]:
+        """pi-ID on all segments of every sample (Algorithm 3), or on a random one (Algorithm 2)."""
+        s = self.s
+        places = self.prompts.rows(s.batch, s.seed, iteration)[rows.start : rows.stop]
+        student, teacher = self.student_and_teacher(places)
+        options = {
+            "shift": SHIFT, "final_step_size_scale": FINAL_STEP_SIZE_SCALE, "dropout": s.dropout,
+            "total_substeps": s.total_substeps, "num_intermediates": s.num_intermediates,
+            "teacher_ratio": s.teacher_ratio(iteration), "window_substeps": s.window_substeps,
+        }  # fmt: skip
+        if s.data_dependent:
+            x_0 = self.prompts.latents(places).to(self.device)
+            yield 1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **options)
+        else:
+            size = s.sizes[int(torch.randint(len(s.sizes), ()))]
+            noise = self.family.draw_noise((len(rows), *latent_shape(self.pipe, *size)))
+            yield from pi_id_data_free(student, teacher, noise.to(self.device), s.nfe, **options)
+
+    def student_and_teacher(self, places: list[int]) -> tuple:
+        """Both roles for the prompts in these places of the cache."""
+        conditions = self.prompts.conditions(places).to(self.device, self.roles.dtype)
+        negative = self.prompts.negative
+        if negative is not None:
+            negative = negative.to(self.device, self.roles.dtype)
+        student = make_student(self.roles, conditions, self.s.spec, self.embedded)
+        return student, make_teacher(self.roles, conditions, negative, self.s.guidance)
+
+    def evaluate(self, net: nn.Module, iteration: int) -> dict[str, float]:
+        """Fixed prompts and noises: student beside teacher. -> endpoint RMSE in latents."""
+        s = self.s
+        student, teacher = self.student_and_teacher(
+            [i % len(self.prompts) for i in range(s.pictures)]
+        )
+        if self.pairs is None:
+            generator = torch.Generator().manual_seed(s.seed)
+            shape = s.pictures, *latent_shape(self.pipe, *s.sizes[0])
+            noise = self.family.draw_noise(shape, generator).to(self.device)
+            ends = (integrate_teacher(teacher, noise, n, SHIFT) for n in (s.teacher_steps, s.nfe))
+            self.pairs = noise, *ends
+        noise, target, euler = self.pairs
+        x_0 = sample(student, noise, s.nfe, SHIFT, FINAL_STEP_SIZE_SCALE,
+                     total_substeps=s.total_substeps)  # fmt: skip
+        if rank() == 0:
+            rows = {f"student, {s.nfe} evaluations": self.decode(x_0)}
+            rows[f"teacher, {s.teacher_steps} steps"] = self.decode(target)
+            figure = image_rows(rows, f"the same prompts and noise, iteration {iteration}")
+            with writing(join(s.out, "pictures", f"step_{iteration:08d}.png")) as temporary:
+                figure.savefig(temporary, format="png")
+        return {
+            "endpoint_rmse": endpoint_rmse(x_0, target),
+            "euler_rmse": endpoint_rmse(euler, target),  # of the teacher in nfe steps
+        }
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents -> uint8 (B, H, W, 3); the VAE is on the device for this moment alone."""
+        self.pipe.vae.to(x.device)
+        images = self.family.decode(self.pipe, x)
+        self.pipe.vae.to("cpu")
+        return images.clamp(-1, 1).mul(127.5).add(127.5).byte().permute(0, 2, 3, 1).cpu()
+
+    def export(self, state: dict[str, Tensor], folder: str | Path) -> None:
+        write_adapter(
+            join(folder, "adapter"), adapter_of(self.roles, state, self.s.spec, sampling(self.s))
+        )
+
+    def describe(self) -> dict:
+        return sampling(self.s)._asdict()
+
+    def shard(self, net: nn.Module) -> None:
+        shard(self.roles)
+
+
+def two_roles(s: Settings, net: nn.Module) -> TwoRoles:
+    """A base transformer with a student's parts in it. Raises: ValueError if it does not fit."""
+    family = FAMILIES[s.family]
+    if family.embeds_guidance and not net.config.get("guidance_embeds", False):
+        raise ValueError(f"--base {s.base} embeds no guidance, with which its teacher is queried")
+    return TwoRoles(
+        net, family, s.policy, s.components, s.lora_rank, s.lora_dropout, s.logstd_width
+    )
+
+
+def sampling(s: Settings) -> Sampling:
+    """What the adapter's file says about sampling."""
+    guidance = s.guidance if FAMILIES[s.family].embeds_guidance else None
+    return Sampling(
+        s.family, s.nfe, guidance, SHIFT, FINAL_STEP_SIZE_SCALE, s.total_substeps, "euler"
+    )
+
+
 # ---- The run -------------------------------------------------------------------------------------
 
 
-class Run:
-    """What is trained, its moving average and the optimizer, and how far they have come."""
-
-    def __init__(self, settings: Settings, roles: TwoRoles, place: runs.Place):
-        self.settings, self.roles, self.place = settings, roles, place
-        self.iteration, self.skipped, self.bad, self.seconds = 0, 0, 0, 0.0
-        if settings.shard:
-            shard(roles)
-        self.names = list(roles.trained())
-        self.weights = nn.ParameterList(roles.trained().values())
-        self.ema = nn.ParameterList(
-            nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.weights
-        )
-        self.optimizer = runs.make_optimizer(
-            settings.optimizer, self.weights, settings.lr, (0.9, 0.95)
-        )
-        self.checkpoints = runs.Checkpoints(runs.join(settings.out, "checkpoints"), settings.keep)
-
-    @property
-    def parts(self) -> dict:
-        return {"weights": self.weights, "ema": self.ema, "optimizer": self.optimizer}
-
-    def clip_gradients(self) -> Tensor:
-        """Averages the gradients over the processes and clips them. -> their norm before clipping.
-
-        Without --shard by one all_reduce per tensor and iteration: what DistributedDataParallel
-        does, at the only moment when it is needed. With it each backward pass has reduced its own.
-        """
-        s, world = self.settings, self.place.world
-        for parameter in self.weights if world > 1 and not s.shard else ():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world
-        limit = s.clip if self.iteration >= s.clip_start else math.inf
-        norm = nn.utils.clip_grad_norm_(list(self.weights), limit)
-        return norm.full_tensor() if s.shard else norm
-
-    @torch.no_grad()
-    def step(self, finite: bool) -> None:
-        """One optimizer step and one of the average; none of both if a gradient was not finite."""
-        s = self.settings
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = runs.learning_rate(self.iteration, s.lr, s.warmup, 0.001)
-            self.optimizer.step()
-            decay = runs.ema_decay(self.iteration + 1, s.ema_start, s.ema_gamma)
-            runs.update_ema(self.ema, self.weights, decay)
-        self.bad = 0 if finite else self.bad + 1
-        self.skipped += not finite
-        self.iteration += 1
-        self.seconds = time.monotonic() - self.began
-
-    def check_progress(self) -> None:
-        """Raises: ValueError after MOST_SKIPPED iterations in a row without a step."""
-        if self.bad == MOST_SKIPPED:
-            self.checkpoints.wait()
-            raise ValueError(
-                f"the gradient was not finite in {self.bad} iterations in a row; the last "
-                f"checkpoint is kept; try a lower --lr than {self.settings.lr} in another --out"
-            )
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The student with the average in place of its weights, in evaluation mode."""
-        self._swap()
-        self.roles.net.eval()
-        try:
-            yield
-        finally:
-            self.roles.net.train()
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, average in zip(self.weights, self.ema, strict=True):
-            kept = parameter.clone()  # in place: fully_shard holds on to the storage
-            parameter.copy_(average)
-            average.copy_(kept)
-
-    def save(self) -> None:
-        """Writes a checkpoint and the adapter. Every process calls this."""
-
-        def export(state: dict) -> None:
-            average = dict(zip(self.names, state["ema"].values(), strict=True))
-            export_adapter(runs.join(self.settings.out, "adapter"), self.roles, average)
-
-        numbers = {"skipped": self.skipped, "seconds": self.seconds}
-        self.checkpoints.save(self.iteration, self.parts, numbers, export)
-
-    def restore(self) -> None:
-        """Continues from the newest whole checkpoint, if there is one."""
-        numbers = self.checkpoints.restore(self.parts, self.place.device)
-        for name, value in (numbers or {}).items():
-            setattr(self, name, value)
-        self.began = time.monotonic() - self.seconds
-
-
-def draw_generator(settings: Settings, iteration: int, micro: int) -> torch.Generator:
-    """Seeds what is random in a micro-batch; LoRA dropout uses the global generators."""
-    seed = (settings.seed * 1_000_003 + iteration) * 100_003 + micro
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-def backward(run: Run, prompts: cache_prompts.PromptCache, pipe: Any) -> Tensor:
-    """Adds up the gradients of this process' micro-batches. -> its part of the loss, by segment."""
-    s, (rank, world, device) = run.settings, run.place
-    segments = 1 if s.data_dependent else s.nfe
-    losses = torch.zeros(segments, device=device)
-    micro_batches = prompts.micro_batches(s.batch, s.micro_batch, s.seed, run.iteration)
-    options = {
-        "shift": SHIFT, "final_step_size_scale": FINAL_STEP_SIZE_SCALE, "dropout": s.dropout,
-        "total_substeps": s.total_substeps, "num_intermediates": s.num_intermediates,
-        "teacher_ratio": s.teacher_ratio(run.iteration), "window_substeps": s.window_substeps,
-    }  # fmt: skip
-    for number in range(rank, len(micro_batches), world):
-        rows = micro_batches[number]
-        generator = draw_generator(s, run.iteration, number)
-        conditions = prompts.conditions(rows).to(device, run.roles.dtype)
-        negative = prompts.negative and prompts.negative.to(device, run.roles.dtype)
-        student = make_student(run.roles, conditions)
-        teacher = make_teacher(run.roles, conditions, negative)
-        if s.data_dependent:
-            x_0, data = prompts.latents(rows).to(device), {"generator": generator, **options}
-            outs = [(1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **data))]
-        else:
-            size = s.sizes[int(torch.randint(len(s.sizes), (), generator=generator))]
-            noise = torch.randn(len(rows), *dm.latent_shape(pipe, *size), generator=generator)
-            options["generator"] = generator
-            outs = pi_id_data_free(student, teacher, noise.to(device), s.nfe, **options)
-        for i, (segment_size, out) in enumerate(outs):
-            share = segment_size * out.loss * len(rows) / s.batch
-            (s.loss_scale * world * share).backward()  # averaged over processes, so a sum
-            losses[i] += share.detach()
-    return losses
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def check(settings: Settings, world: int) -> None:
-    """Raises: ValueError, one line, for settings that do not fit together."""
-    s = settings
-    if not s.prompts and not s.tiny:
-        raise ValueError("--prompts is missing: a folder of text_to_image.cache_prompts")
-    if s.prompts and not any(Path(s.prompts).glob("shard_*.safetensors")):
-        raise ValueError(f"--prompts {s.prompts}: no shards; see text_to_image.cache_prompts")
-    if s.batch % (s.micro_batch * world):
-        raise ValueError(
-            f"--batch {s.batch}: must be a multiple of --micro-batch {s.micro_batch} times "
-            f"{world} processes"
-        )
-    if s.shard and world == 1:
-        raise ValueError("--shard splits parameters over processes: start several with torchrun")
-    if s.shard and s.optimizer != "adamw":
-        raise ValueError(
-            "--optimizer adamw8bit: not with --shard, whose parameters it cannot handle"
-        )
-    if s.policy == "dx" and s.dropout:
+def prepare(s: Settings, place: Place) -> Distillation:
+    """Loads base and prompts; everything that can be checked before is."""
+    family = FAMILIES[s.family]
+    if s.policy != "gmflow" and s.dropout:
         raise ValueError(f"--dropout {s.dropout}: a dx policy has no components to drop; use 0")
-
-
-def prepare(settings: Settings, place: runs.Place) -> tuple[Run, cache_prompts.PromptCache, Any]:
-    """-> the run, as far as it has come; the prompts; the pipeline without text encoders."""
-    s, family = settings, dm.FAMILIES[settings.family]
-    check(s, place.world)
-    decisive = {name: value for name, value in asdict(s).items() if name not in RESUMABLE}
-    runs.on_first(runs.check_same, runs.join(s.out, "config.json"), decisive)
     if s.tiny:
         pipe, folder = tiny_base(s, family, place)
-        config = pipe.transformer.config
+        net = pipe.transformer
+    elif s.prompts is None:
+        raise ValueError("--prompts is missing: a folder of text_to_image.cache_prompts")
     else:
-        empty, folder = dm.empty_components(family, s.base or None)["transformer"], s.prompts
-        config, line = empty.config, check_memory(s, place, empty)
-        if place.rank == 0:
-            print(line)
+        folder, net = s.prompts, loading.empty_components(family, s.base)["transformer"]
     base = "tiny" if s.tiny else s.base or family.repo
-    network = pipe.transformer if s.tiny else empty
-    if family.guidance is not None and dm.trained_guidance(network, family) is None:
-        raise ValueError(f"--base {base} embeds no guidance, with which its teacher is queried")
-    prompts = cache_prompts.PromptCache(folder, family, base, config.joint_attention_dim)
+    prompts = cache_prompts.PromptCache(folder, family, base, net.config.joint_attention_dim)
     if s.data_dependent and not prompts.has_latents:
         raise ValueError(f"--data-dependent: {folder} has no latents; cache_prompts --images")
     if not s.tiny:
-        pipe = dm.load_base(family, s.base or None, without=text_parts(family, s.base))
-    torch.manual_seed(s.seed)
-    net = pipe.transformer
-    roles = TwoRoles(net, s)
-    net.train()
-    if not s.shard:  # `shard` moves block by block
-        net.to(place.device)
-    if s.checkpointing:
-        net.enable_gradient_checkpointing()
-    run = Run(s, roles, place)
-    run.restore()
-    return run, prompts, pipe
+        line = check_memory(s, net, place)
+        if place.rank == 0:
+            print(line)
+        pipe = loading.load_base(family, s.base, without=text_parts(family, s.base))
+    return Distillation(s, pipe, prompts, place.device)
 
 
-def text_parts(family: dm.Family, base: str) -> list[str]:
+def check_memory(s: Settings, net: nn.Module, place: Place) -> str:
+    """One line, printed before anything is loaded. net: on the meta device; gets a student's parts.
+
+    Frozen parameters at 2 bytes; trained ones at 4 each for weight, gradient and average, and 8 (2
+    with 8-bit AdamW) for the moments; sharded parts divided by the processes, and two blocks whole.
+    Raises: ValueError if the GPU has less, or the base is stored quantised.
+    """
+    if net.quantized:
+        raise ValueError(f"--base {s.base} is stored quantised; a teacher needs its full weights")
+    frozen = sum(p.numel() for p in net.parameters())
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in two_roles(s, net).trained().values())
+    need = memory_needed(s, frozen, trained, net.config, place.world)
+    parts = f"each GPU ({frozen / 1e9:.1f}e9 frozen, {trained / 1e9:.2f}e9 trained parameters)"
+    helps = "--shard on several GPUs, --micro-batch 1, --checkpointing or --optimizer adamw8bit"
+    return loading.check_memory(need, place.device, parts, helps)
+
+
+def memory_needed(s: Settings, frozen: int, trained: int, config: Any, world: int) -> float:
+    """Bytes per GPU, see `check_memory`."""
+    layers = config.num_layers + config.get("num_single_layers", 0)
+    weights = 2 * frozen + trained * (12 + (8 if s.optimizer == "adamw" else 2))
+    if s.shard:
+        weights = weights / world + 2 * 2 * frozen / layers
+    kept = layers if s.checkpointing else 40 * layers
+    return loading.memory_needed(weights, FAMILIES[s.family], 1024**2, s.micro_batch, kept)
+
+
+def text_parts(family: Family, base: str | None) -> list[str]:
     """The components of the pipeline that only encode prompts."""
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "processor")
-    pipeline = getattr(dm.import_diffusers(), family.pipeline)
+    pipeline = loading.pipeline_class(family)
     return [name for name in names if name in pipeline.load_config(base or family.repo)]
 
 
-def tiny_base(settings: Settings, family: dm.Family, place: runs.Place) -> tuple[Any, str]:
+def tiny_base(s: Settings, family: Family, place: Place) -> tuple[Any, str]:
     """A small pipeline, and a folder with a few cached prompts."""
-    from text_to_image.tiny_models import demo_pipeline
-
-    pipe, folder = demo_pipeline(family), settings.prompts or str(Path(settings.out) / "prompts")
+    pipe = demo_pipeline(family)
     if family.name != "qwen":  # random weights
         pipe.transformer.proj_out.weight.data *= TINY_SCALE
-    if not settings.prompts and place.rank == 0:
-        source = Path(settings.out) / "prompts.txt"
+    folder = s.prompts or str(Path(s.out) / "prompts")
+    if s.prompts is None and place.rank == 0:
+        source = Path(s.out) / "prompts.txt"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("\n".join(TINY_PROMPTS) + "\n")
-        length = 32 if family.guidance else 512  # Qwen-Image's template comes before the prompt
-        cache_prompts.cache(
-            cache_prompts.Settings(str(source), Path(folder), family.name, tiny=True,
-                                   max_length=length),
-            runs.Place(0, 1, place.device), pipe)  # fmt: skip
-    runs.from_first(None)
+        length = 512 if family.name == "qwen" else 32  # its template comes before the prompt
+        cached = cache_prompts.Settings(
+            str(source), Path(folder), family.name, tiny=True, max_length=length
+        )
+        cache_prompts.cache(cached, Place(0, 1, place.device), pipe)
+    from_first(None)
     return pipe, folder
 
 
-def train(settings: Settings, place: runs.Place) -> Run:
-    """The training loop. Every process runs it; rank 0 writes."""
-    run, prompts, pipe = prepare(settings, place)
-    with runs.Stop() as stop, Monitor(run, prompts, pipe) as monitor:
-        while run.iteration < settings.iterations and not stop.agreed:
-            run.optimizer.zero_grad()
-            losses = backward(run, prompts, pipe)
-            norm = run.clip_gradients()
-            *losses, norm = stop.agree(*losses, norm / place.world)  # the only device sync
-            run.step(finite=math.isfinite(norm))
-            last = stop.agreed or run.iteration == settings.iterations
-            monitor.report(last, losses, norm)
-            if due(run.iteration, settings.save_every, last) and not run.bad:
-                run.save()
-            run.check_progress()
-    run.checkpoints.wait()
-    return run
+def export_checkpoint(s: Settings) -> str:
+    """Writes the adapter of a checkpoint, the moving average. -> its folder."""
+    family = FAMILIES[s.family]
+    if s.tiny:
+        net = demo_pipeline(family).transformer
+    else:
+        net = loading.empty_components(family, s.base)["transformer"]
+    with torch.device("meta"):
+        roles = two_roles(s, net)
+    adapter = adapter_of(roles, read_trained(s.export, roles, s.spec), s.spec, sampling(s))
+    write_adapter(join(s.out, "adapter"), adapter)
+    return join(s.out, "adapter")
 
 
 def parse_arguments(argv: list[str] | None = None) -> Settings:
-    """The flags of the command line; --tiny changes the presets' values."""
+    """The flags of the command line; --tiny and --data-dependent change the presets' values."""
+
     argv = sys.argv[1:] if argv is None else argv
-    presets = {k: tiny(preset) if "--tiny" in argv else preset for k, preset in PRESETS.items()}
-    return parse(Settings, __doc__, argv, presets)
+    presets = PRESETS
+    if "--data-dependent" in argv:  # as published: 256 images, one segment each
+        presets = {name: replace(preset, batch=256) for name, preset in presets.items()}
+    if "--tiny" in argv:
+        presets = {name: tiny(preset) for name, preset in presets.items()}
+    s = parse(Settings, __doc__, argv, presets)
+    if s.guidance is None:
+        s = replace(s, guidance=FAMILIES[s.family].guidance)
+    return s
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, or continues, the run that the command line describes."""
-    settings = parse_arguments(argv)
-    with runs.processes(settings.device) as place:
-        try:
-            run = train(settings, place)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                "the GPU ran out of memory: try --micro-batch 1, --optimizer adamw8bit, or more "
-                "GPUs with --shard"
-            ) from error
-    if place.rank == 0:
-        done = run.iteration == settings.iterations
-        print(f"iteration {run.iteration} of {settings.iterations}, {run.seconds:.0f} s; "
-              + (f"the adapter is {runs.join(settings.out, 'adapter')}" if done
-                 else "stopped; run the same command again to continue"))  # fmt: skip
+    keep_freed_memory()
+    s = parse_arguments(argv)
+    if s.export is not None:
+        print(f"the adapter is {export_checkpoint(s)}")
+        return
+    with processes(s.device) as place:
+        state = train(s, prepare(s, place), place)
+    if place.rank == 0 and state.iteration >= s.iterations:
+        print(f"the adapter is {join(s.out, 'adapter')}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Base models of the families: loading, quantisation, offloading, and how much memory they need.
 
-    modules = empty_components(family, base)     shapes without weights: checks before a download
-    sizes = component_sizes(family, modules, base)
-    print(check_memory(sizes, ...))
+    modules = empty_components(family, base)         shapes without weights, from the configs
+    sizes = component_sizes(family, modules, base)   bytes
+    print(check_memory(need, device, parts, helps))
     pipe = load_base(family, base)
     place(pipe, device)
+
+All that can be checked is, before tens of GB are loaded.
 """
 
 import gc
@@ -48,6 +50,11 @@ def offload_help(names: Iterable[str]) -> str:
 # ---- Loading -------------------------------------------------------------------------------------
 
 
+def pipeline_class(family: Family) -> type:
+    """The family's pipeline in diffusers. Raises: ImportError if this version has none."""
+    return library_class(import_diffusers(), family.pipeline)
+
+
 def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Module]:
     """Transformer, VAE and text encoders on the meta device: shapes without weights.
 
@@ -59,7 +66,7 @@ def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Mo
 
     base, modules = base or family.repo, {}
     with naming(f"base {base}"), torch.device("meta"):
-        index = library_class(diffusers, family.pipeline).load_config(base)
+        index = pipeline_class(family).load_config(base)
         for name, part in index.items():
             if not isinstance(part, list | tuple) or part[1] is None:
                 continue
@@ -125,8 +132,7 @@ def load_base(
     Args: base: Hub repository or folder in place of the family's.
     Raises: OSError or ValueError that names the base; ImportError for a missing package.
     """
-    pipeline = library_class(import_diffusers(), family.pipeline)
-    base = base or family.repo
+    pipeline, base = pipeline_class(family), base or family.repo
     options = dict.fromkeys(without)
     if quantize != "none":
         options["quantization_config"] = quantization_config(family, quantize, dtype)

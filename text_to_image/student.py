@@ -1,41 +1,37 @@
-"""One base transformer as teacher and as student, and the student's adapter as a file.
+"""One base transformer as teacher and as student, and the student's adapter.
 
-roles = TwoRoles(pipe.transformer, settings)       # frozen base + LoRA, output norm, policy head
-student = make_student(roles, conditions)          # (x, t) -> policy
-teacher = make_teacher(roles, conditions, None)    # (x, t) -> u, of the base as it was loaded
-export_adapter(folder, roles, weights)             # the published layout, for generate --adapter
+    roles = TwoRoles(pipe.transformer, family)                     frozen base + LoRA, norm, head
+    student = make_student(roles, conditions, spec, guidance)      (x, t) -> policy
+    teacher = make_teacher(roles, conditions, negative, guidance)  (x, t) -> u
+    write_adapter(folder, adapter_of(roles, weights, spec, sampling))
+
+The teacher is the base as it was loaded.
 """
 
 import contextlib
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from common.train import read_checkpoint
 from torch import Tensor, nn
 
-import imagenet.distributed as runs
-import text_to_image.families as dm
+from common.heads import repeat_head
 from common.teachers import guided_velocity
-from text_to_image.adapters import LORA_NAME, GMHead
+from text_to_image.adapters import LORA_NAME, Adapter, GMHead, PolicySpec, Sampling
+from text_to_image.families import (
+    PATCH,
+    Conditions,
+    Family,
+    import_diffusers,
+    require_package,
+    unpack,
+)  # fmt: skip
 
-if TYPE_CHECKING:
-    from text_to_image.distill import Settings
-
-LORA_TARGETS = {  # of the published adapters, as regular expressions
-    "qwen": r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)|"
-    r"transformer_blocks\.(?!{last}\.)\d+\.txt_mlp\.net\.(0\.proj|2)|"
-    r"time_text_embed\.timestep_embedder\.linear_[12]",
-    "flux": r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)|"
-    r"transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)|"
-    r"time_text_embed\.timestep_embedder\.linear_[12]",
-    "flux2": r"single_transformer_blocks\.\d+\.attn\.to_out|"
-    r"transformer_blocks\.\d+\.(ff|ff_context)\.linear_(in|out)|"
-    r"time_guidance_embed\.timestep_embedder\.linear_[12]",
-}
+INITIAL_STD = 0.05  # of a component, and of the noise that tells components apart
 
 
 # ---- One base, two roles -------------------------------------------------------------------------
@@ -56,67 +52,51 @@ class TwoRoles:
     """A base transformer as student (the default) and, inside `with roles.teacher():`, as itself.
 
     The student has LoRA, an output norm and a policy head of its own (float32); nothing else of
-    `transformer`, which is changed in place, has a gradient.
-    Raises: ValueError if the transformer is of another family, or the rank larger than a layer.
+    `transformer`, which is changed in place, has a gradient. If the base is in bfloat16, what is
+    trained runs under autocast.
+
+    Args: policy: gmflow, dx (a grid) or dx-polynomial; components: K, N or the number of orders.
+    Raises: ValueError if the transformer is of another family.
     """
 
-    def __init__(self, transformer: nn.Module, settings: "Settings"):
-        dm.require_package("peft", "distillation")
+    def __init__(
+        self, transformer: nn.Module, family: Family, policy: str = "gmflow", components: int = 8,
+        lora_rank: int = 256, lora_dropout: float = 0.05, logstd_width: int = 1024,
+    ):  # fmt: skip
+        require_package("peft", "distillation")
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.net, self.settings, config = transformer, settings, transformer.config
-        self.kind, self.dtype = type(transformer).__name__, transformer.dtype  # of the base alone
-        family = dm.FAMILIES[settings.family]
-        if self.kind != family.transformer:
-            raise ValueError(
-                f"--family {family.name} needs a {family.transformer}, the base has a {self.kind}"
-            )
+        self.net, self.family, self.dtype = transformer, family, transformer.dtype
+        found = type(transformer).__name__
+        if found != family.transformer:
+            needed = f"--family {family.name} needs a {family.transformer}"
+            raise ValueError(f"{needed}, the base has a {found}")
         transformer.requires_grad_(False)
-        pattern = LORA_TARGETS[settings.family].replace("{last}", str(config.num_layers - 1))
-        targets = {k: m for k, m in transformer.named_modules() if re.fullmatch(pattern, k)}
-        for name, layer in targets.items():
-            if settings.lora_rank > min(layer.in_features, layer.out_features):
-                sides = f"{layer.in_features} x {layer.out_features}"
-                raise ValueError(f"--lora-rank {settings.lora_rank}: layer {name} is {sides}")
+        last = str(transformer.config.num_layers - 1)
+        pattern = re.compile(family.lora_targets.replace("{last}", last))
+        targets = [name for name, _ in transformer.named_modules() if pattern.fullmatch(name)]
         lora = LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=list(targets),
-            lora_dropout=settings.lora_dropout,
+            r=lora_rank, lora_alpha=lora_rank, target_modules=targets, lora_dropout=lora_dropout,
+            init_lora_weights="gaussian",  # A: standard deviation 1/rank; B: 0
         )  # fmt: skip
         transformer.add_adapter(lora, LORA_NAME)
-        norm, head = copy.deepcopy(transformer.norm_out), self._head(transformer.proj_out)
-        if settings.policy == "gmflow":
+        norm = copy.deepcopy(transformer.norm_out)
+        if policy == "gmflow":
+            head = gm_head(transformer.proj_out, components, logstd_width)
             head.watch(norm)
+        else:
+            head = dx_head(transformer.proj_out, components, policy)
         self.switches = Switch(transformer.norm_out, norm), Switch(transformer.proj_out, head)
         transformer.norm_out, transformer.proj_out = self.switches
         self.lora = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
-        for switch in self.switches:
-            switch.student.requires_grad_(True)
+        for module in (norm, head):
+            module.requires_grad_(True)
         for parameter in self.trained().values():
             parameter.data = parameter.data.float()
-
-    def _head(self, proj_out: nn.Linear) -> nn.Module:
-        """The policy head that repeats the base's velocity; noise tells the components apart."""
-        s, width = self.settings, proj_out.in_features
-        copies, bias = s.components, proj_out.bias is not None
-        if s.policy == "dx":
-            head = nn.Linear(width, copies * proj_out.out_features, bias)
-            layer = head
-        else:
-            head = GMHead(width, proj_out.out_features, copies, s.logstd_width)
-            layer = head.means
-            for part in (head.logweights, head.logstds[-1]):
-                nn.init.zeros_(part.weight)
-                nn.init.zeros_(part.bias)
-            nn.init.constant_(head.logstds[-1].bias, math.log(0.05))
-        with torch.no_grad():
-            layer.weight.copy_(proj_out.weight.repeat(copies, 1))
-            if layer.bias is not None:
-                layer.bias.copy_(proj_out.bias.repeat(copies) if bias else torch.zeros(()))
-            if s.policy == "gmflow":  # one draw per component and channel, shared within a patch
-                noise = 0.05 * torch.randn(layer.bias.numel() // dm.PATCH**2)
-                layer.bias += noise.repeat_interleave(dm.PATCH**2)
-        return head
+        if self.dtype == torch.bfloat16:
+            for module in (*self.lora, norm, head):
+                _autocast(module)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name; `shard` replaces these parameters."""
@@ -138,43 +118,84 @@ class TwoRoles:
             layer._disable_adapters = not student
 
 
-def make_student(roles: TwoRoles, conditions: dm.Conditions) -> Callable:
-    """The callable (x (B, C, H, W), t (B,)) -> policy."""
-    s, family = roles.settings, dm.FAMILIES[roles.settings.family]
-    embedded = s.guidance if family.guidance is not None else None
-    bf16 = roles.dtype == torch.bfloat16
+def _autocast(module: nn.Module) -> None:
+    """Makes a module run under bfloat16 autocast."""
+    forward = module.forward
+
+    def under_autocast(*inputs: Any, **options: Any) -> Any:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            return forward(*inputs, **options)
+
+    module.forward = under_autocast
+
+
+@torch.no_grad()
+def gm_head(proj_out: nn.Linear, components: int, logstd_width: int) -> GMHead:
+    """The base's velocity for every component, noise on its bias, equal weights, one std."""
+    rows, device = proj_out.out_features, proj_out.weight.device
+    head = GMHead(proj_out.in_features, rows, components, logstd_width).to(device)
+    weight = proj_out.weight.float()
+    bias = None if proj_out.bias is None else proj_out.bias.float()
+    channels = rows // PATCH**2
+    weight, bias = repeat_head(weight, bias, components, channels, INITIAL_STD, inner=PATCH**2)
+    head.means.weight.copy_(weight)
+    head.means.bias.copy_(bias)
+    hidden, last = head.logstds[1], head.logstds[3]
+    nn.init.xavier_uniform_(hidden.weight)
+    for parameter in (*head.logweights.parameters(), hidden.bias, last.weight):
+        nn.init.zeros_(parameter)
+    nn.init.constant_(last.bias, math.log(INITIAL_STD))
+    return head
+
+
+@torch.no_grad()
+def dx_head(proj_out: nn.Linear, components: int, policy: str) -> nn.Linear:
+    """The base's velocity at every grid point; of a polynomial, orders above 0 are zero."""
+    rows, device = proj_out.out_features, proj_out.weight.device
+    weight, bias = repeat_head(proj_out.weight, proj_out.bias, components, rows)
+    if policy == "dx-polynomial":
+        weight[rows:] = 0
+        bias[rows:] = 0
+    head = nn.Linear(proj_out.in_features, len(weight), proj_out.bias is not None).to(device)
+    head.weight.copy_(weight)
+    if head.bias is not None:
+        head.bias.copy_(bias)
+    return head
+
+
+def make_student(
+    roles: TwoRoles, conditions: Conditions, spec: PolicySpec, guidance: float | None = None
+) -> Callable:
+    """The callable (x (B, C, H, W), t (B,)) -> policy. guidance: what FLUX embeds."""
 
     def student(x: Tensor, t: Tensor):
-        inputs = dm.network_inputs(family, x, t, conditions, embedded)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            output = roles.net(**inputs, return_dict=False)[0]
-        return s.spec.build(output, x, t)
+        return spec.build(roles.family.evaluate(roles.net, x, t, conditions, guidance), x, t)
 
     return student
 
 
 def make_teacher(
-    roles: TwoRoles, conditions: dm.Conditions, negative: dm.Conditions | None
+    roles: TwoRoles, conditions: Conditions, negative: Conditions | None, guidance: float
 ) -> Callable:
-    """The callable (x (B, C, H, W), t (B,)) -> u: guidance embedded, or by one call of 2 B rows."""
-    s, family = roles.settings, dm.FAMILIES[roles.settings.family]
-    embedded, both = s.guidance, None
-    if family.guidance is None:
-        unguided = dm.Conditions(negative.embeds.expand(len(conditions.embeds), -1, -1))
-        embedded, both = None, dm.Conditions.stack([conditions, unguided])
+    """The callable (x (B, C, H, W), t (B,)) -> u: guidance embedded, or by one call of 2 B rows.
+
+    negative: of one row, for a family that does not embed its guidance.
+    """
+    family = roles.family
+    if not family.embeds_guidance:
+        unguided = Conditions(negative.embeds.expand(len(conditions.embeds), -1, -1))
+        conditions = Conditions.stack([conditions, unguided])
 
     @torch.no_grad()
     def teacher(x: Tensor, t: Tensor) -> Tensor:
-        given = (x, t, conditions) if both is None else (torch.cat([x, x]), torch.cat([t, t]), both)
         with roles.teacher() as net:
-            inputs = dm.network_inputs(family, *given, embedded)
-            u = dm.unpack(net(**inputs, return_dict=False)[0], x).float()
-        return u if both is None else guided_velocity(*u.chunk(2), s.guidance, t)
+            if family.embeds_guidance:
+                return unpack(family.evaluate(net, x, t, conditions, guidance), x).float()
+            both = torch.cat([x, x])
+            u = unpack(family.evaluate(net, both, torch.cat([t, t]), conditions), x).float()
+            return guided_velocity(*u.chunk(2), guidance, t)
 
     return teacher
-
-
-# ---- Processes and files -------------------------------------------------------------------------
 
 
 def shard(roles: TwoRoles) -> None:
@@ -190,35 +211,58 @@ def shard(roles: TwoRoles) -> None:
     fully_shard(roles.net, mp_policy=precision)
 
 
-def export_adapter(folder: str, roles: TwoRoles, weights: dict[str, Tensor]) -> None:
-    """Writes config.json and diffusion_pytorch_model.safetensors in the published layout.
+# ---- Its adapter ---------------------------------------------------------------------------------
 
-    weights: by the names of `roles.trained()`, whole tensors.
-    """
-    from safetensors.torch import save_file
 
-    s, spec, config = roles.settings, roles.settings.spec, dict(roles.net.config)
-    config = {key: value for key, value in config.items() if key[0] != "_"}
-    config["_diffusers_version"] = dm.import_diffusers().__version__
-    if s.policy == "gmflow":
-        config["_class_name"] = "GM" + roles.kind
-        config |= {"num_gaussians": s.components, "logstd_inner_dim": s.logstd_width}
-        config |= {"gm_num_logstd_layers": 2, "logweights_channels": 4, "constant_logstd": None}
-        policy = {"type": "GMFlow"}
-    else:
-        config |= {"out_channels": s.components * config["in_channels"], "patch_size": 1}
-        config["_class_name"] = roles.kind
-        policy = {"type": "DX", "segment_size": spec.segment_size, "shift": spec.shift}
+def adapter_of(
+    roles: TwoRoles, weights: dict[str, Tensor], spec: PolicySpec, sampling: Sampling
+) -> Adapter:
+    """The adapter in the published layout. weights: whole, by the names of `roles.trained()`."""
+    config = {key: value for key, value in roles.net.config.items() if key[0] != "_"}
+    config["_diffusers_version"] = import_diffusers().__version__
+    config["_class_name"] = roles.family.transformer
     tensors = {
-        adapter_key(name, s.policy): value.to("cpu", roles.dtype).contiguous()
+        adapter_key(name, spec): value.to("cpu", roles.dtype).contiguous()
         for name, value in weights.items()
     }
-    with runs.writing(runs.join(folder, "diffusion_pytorch_model.safetensors")) as temporary:
-        save_file(tensors, temporary, {"policy_config": json.dumps(policy)})
-    runs.write_text(runs.join(folder, "config.json"), json.dumps(config, indent=2) + "\n")
+    if spec.kind == "GMFlow":
+        config["_class_name"] = "GM" + roles.family.transformer
+        config["num_gaussians"] = len(tensors["proj_out_logweights.weight"]) // PATCH**2
+        config["logstd_inner_dim"] = len(tensors["proj_out_logstds.1.weight"])
+        config |= {"gm_num_logstd_layers": 2, "logweights_channels": 4, "constant_logstd": None}
+    else:
+        config |= {"out_channels": len(tensors["proj_out.weight"]), "patch_size": 1}
+    return Adapter("", config, tensors, spec.settings(), sampling)
 
 
-def adapter_key(name: str, policy: str) -> str:
+def adapter_key(name: str, spec: PolicySpec) -> str:
     """The name of a trained parameter in the published layout."""
+    head = "proj_out_" if spec.kind == "GMFlow" else "proj_out."
     name = name.replace(f".{LORA_NAME}.", ".").replace("norm_out.student.", "norm_out.")
-    return name.replace("proj_out.student.", "proj_out_" if policy == "gmflow" else "proj_out.")
+    return name.replace("proj_out.student.", head)
+
+
+def read_trained(path: str, roles: TwoRoles, spec: PolicySpec) -> dict[str, Tensor]:
+    """What is trained, by the names of `roles.trained()`, from a checkpoint: the moving average.
+
+    path: checkpoints/step_*.pt of a run, or a public .pth, which holds student and average under
+        the names of the published layout behind a prefix (diffusion_ema.denoising. and others).
+    Raises: ValueError that names what is missing or does not belong to this student.
+    """
+    state, trained = read_checkpoint(path), roles.trained()
+    if "ema" in state:
+        found = state["ema"]
+    else:
+        state = state.get("state_dict", state)
+        averaged = {k: v for k, v in state.items() if k.split(".")[0].endswith("_ema")}
+        known = {adapter_key(name, spec): name for name in trained}
+        found = {}
+        for key, value in (averaged or state).items():
+            parts = key.replace(".default.", ".").split(".")
+            ends = [".".join(parts[i:]) for i in range(len(parts))]
+            found[next((known[end] for end in ends if end in known), key)] = value
+    missing, unknown = sorted(trained.keys() - found.keys()), sorted(found.keys() - trained.keys())
+    if missing or unknown:
+        counts = f"{len(missing)} missing, {len(unknown)} unknown"
+        raise ValueError(f"{path} is not of this student ({counts}): {(missing + unknown)[:4]}")
+    return found
