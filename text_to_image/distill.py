@@ -193,7 +193,7 @@ class Distillation:
     ) -> Iterator[tuple[float, PiIDLoss]]:
         """pi-ID on all segments of every sample (Algorithm 3), or on a random one (Algorithm 2)."""
         s = self.s
-        places = self.prompts.rows(s.batch, s.seed, iteration)[rows.start : rows.stop]
+        places = self.prompts.rows_of(iteration, s.batch, s.seed)[rows.start : rows.stop]
         student, teacher = self.student_and_teacher(places)
         options = {
             "shift": SHIFT, "final_step_size_scale": FINAL_STEP_SIZE_SCALE, "dropout": s.dropout,
