@@ -20,7 +20,8 @@ import diffusers  # noqa: E402
 
 import text_to_image.families as dm  # noqa: E402
 from text_to_image.adapters import apply_adapter, policy_of, read_adapter  # noqa: E402
-from text_to_image.generate import FewStep, load  # noqa: E402
+from text_to_image.few_step import FewStep  # noqa: E402
+from text_to_image.generate import load  # noqa: E402
 
 DATA = Path(__file__).parent / "data" / "t2i"
 CASES = {

@@ -400,6 +400,10 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Pat
         tensors = pipeline.lora_state_dict(str(path), use_safetensors=True)
     halves: dict[str, set] = {}  # layer -> names of its tensors
     for key, tensor in tensors.items():
+        if key.endswith(".alpha"):
+            continue
+        if "lora" not in key:
+            raise ValueError(f"{what}: {key} is no part of a LoRA that diffusers reads")
         key = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_", key)  # of kohya's text encoders
         name, _, half = key.removesuffix(".weight").rpartition(".lora_")
         name = name.replace("text_encoder.text_model.", "text_encoder.")  # as of transformers 5

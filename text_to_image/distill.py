@@ -352,7 +352,7 @@ def tiny_base(s: Settings, family: Family, place: Place) -> tuple[Any, str]:
         source = Path(s.out) / "prompts.txt"
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("\n".join(TINY_PROMPTS) + "\n")
-        length = 512 if family.name == "qwen" else 32  # its template comes before the prompt
+        length = 512 if family.name == "qwen" else 40  # its template comes before the prompt
         cached = cache_prompts.Settings(
             str(source), Path(folder), family.name, tiny=True, max_length=length
         )

@@ -1,6 +1,7 @@
 """The three base families behind one interface, against the base pipelines of diffusers."""
 
-import warnings
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from PIL import Image
 from t2i_cases import (
     CASES,
     SIZE,
-    Bare,
     Recorded,
     close,
     diffusers,
@@ -17,15 +17,17 @@ from t2i_cases import (
 )
 
 import text_to_image.families as dm
-from text_to_image.tiny_models import tiny_pipeline
+from text_to_image import loading
+from text_to_image.tiny import tiny_pipeline
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_base_velocity_is_that_recorded(case):
     recorded, family = Recorded(case), dm.FAMILIES[CASES[case]]
     x, conditions = recorded["b2_latents"], recorded.conditions("b2_")
-    pipe = Bare(transformer(case))
-    tokens = dm.evaluate(pipe, family, x, recorded["b2_sigma"], conditions, recorded.guidance)
+    net, t = transformer(case), recorded["b2_sigma"]
+    with torch.no_grad():
+        tokens = family.evaluate(net, x, t, conditions, recorded.guidance)
     close(tokens, recorded["b2_base_direct_sample_packed"], 1e-5)
     close(dm.pack(dm.unpack(tokens, x)), tokens, 0)
 
@@ -54,12 +56,12 @@ def test_network_and_vae_see_what_the_base_pipeline_gives_them(name, editing):
     pictures = pipe(**common, output_type="pt").images
     handle.remove()
 
-    conditions = dm.encode_prompts(pipe, family, prompts)
+    conditions = family.encode_prompts(pipe, prompts)
     if editing:
-        tokens, ids = dm.encode_references(pipe, images, samples=2)
+        tokens, ids = family.encode_references(pipe, images, samples=2)
         conditions = conditions._replace(references=tokens, reference_ids=ids)
     guidance = None if name == "qwen" else 2.5
-    ours = dm.network_inputs(family, noise, torch.ones(2), conditions, guidance)
+    ours = family.network_inputs(noise, torch.ones(2), conditions, guidance)
     for key, value in ours.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, seen[key].to(value), atol=1e-6, rtol=0)
@@ -69,15 +71,15 @@ def test_network_and_vae_see_what_the_base_pipeline_gives_them(name, editing):
     assert tensors <= ours.keys()
     if name == "qwen":
         assert conditions.mask is not None and not conditions.mask.all()
-    decoded = dm.decode(pipe, family, dm.unpack(latents, noise))
+    decoded = family.decode(pipe, dm.unpack(latents, noise))
     close((decoded / 2 + 0.5).clamp(0, 1), pictures, 1e-5)
 
 
 def test_a_prompt_is_encoded_alike_in_every_batch():
     for family in dm.FAMILIES.values():
         pipe = tiny_pipeline(family)
-        together = dm.encode_prompts(pipe, family, ["a jay", "two long-tailed jays on a branch"])
-        alone = dm.encode_prompts(pipe, family, ["a jay"])
+        together = family.encode_prompts(pipe, ["a jay", "two long-tailed jays on a branch"])
+        alone = family.encode_prompts(pipe, ["a jay"])
         length = alone.embeds.shape[1]
         close(together.embeds[:1, :length], alone.embeds, 1e-5)
         if together.mask is not None:
@@ -90,120 +92,107 @@ def test_a_prompt_is_encoded_alike_in_every_batch():
 )
 def test_parameter_counts_of_the_real_transformers(name, parameters):
     """From diffusers' default configs, which are those of the published models (20B, 12B, 32B)."""
-    cls = getattr(diffusers, dm.FAMILIES[name].transformer)
+    family = dm.FAMILIES[name]
     options = {"guidance_embeds": True} if name == "flux" else {}
     with torch.device("meta"):
-        counts = dm.count_parameters({"transformer": cls(**options)})
-    assert counts["transformer"][0] == pytest.approx(parameters, rel=0.01)
+        modules = {"transformer": getattr(diffusers, family.transformer)(**options)}
+    sizes = loading.component_sizes(family, modules)
+    assert sizes["transformer"][0] == pytest.approx(2 * parameters, rel=0.01)
+
+
+def linear(inputs: int, outputs: int) -> torch.nn.Module:
+    return torch.nn.Linear(inputs, outputs, bias=False, device="meta")
 
 
 def test_memory_estimate(monkeypatch):
     family = dm.FAMILIES["qwen"]
-    counts = {"transformer": (20_000_000_000, 50_000_000), "text_encoder": (8_000_000_000, 10**8)}
-    counts["vae"] = (10**8, 10**7)
+    layers = [linear(50_000, 1000) for _ in range(400)]
+    modules = {"transformer": torch.nn.Sequential(*layers), "vae": linear(10_000, 10_000)}
+    modules["text_encoder"] = torch.nn.Sequential(*(linear(100_000, 1000) for _ in range(80)))
 
     def need(quantize, offload):
-        return dm.memory_needed(family, counts, quantize, offload, 1024 * 1024, 1) / 1e9
+        sizes = loading.component_sizes(family, modules, None, quantize)
+        weights = loading.weights_on_gpu(sizes, offload)
+        return loading.memory_needed(weights, family, 1024 * 1024, 1) / 1e9
 
     work = (4096 + 512) * 3072 * 80 / 1e9 + 0.7
     assert need("none", "none") == pytest.approx(56.2 + work)
     assert need("none", "model") == pytest.approx(40 + work)
-    assert need("none", "group") == pytest.approx(0.8 + work)
+    assert need("none", "group") == pytest.approx(4 * 0.2 + work)
     assert need("nf4", "none") == pytest.approx(28 * 0.57 + 0.2 + work)
-    cuda = torch.device("cuda")
-    arguments = (family, counts, "none", "none", 1024 * 1024, 1, cuda)
+    arguments = need("none", "none") * 1e9, torch.device("cuda"), "weights", "--offload group"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
-    assert "58 GB" in dm.check_memory(*arguments) and "80 GB are free" in dm.check_memory(
-        *arguments
-    )
+    line = loading.check_memory(*arguments)
+    assert "58 GB for weights" in line and "80 GB are free" in line
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
-    with pytest.raises(ValueError) as error:
-        dm.check_memory(*arguments)
-    message = str(error.value)
-    assert "not enough GPU memory" in message and "24 GB are free" in message
-    assert (
-        "--quantize nf4 --offload none" in message
-        and "--quantize none --offload none" not in message
+    with pytest.raises(ValueError, match="not enough.* 58 GB .* 24 GB are free; try --offload gr"):
+        loading.check_memory(*arguments)
+    line = loading.check_memory(arguments[0], torch.device("cpu"), *arguments[2:])
+    assert "memory: about 58 GB" in line
+
+
+def test_a_base_that_is_stored_quantised(tmp_path, monkeypatch):
+    """As FLUX.2-dev-bnb-4bit: recognised, counted by its files, loaded as it is."""
+    family = dm.FAMILIES["flux2"]
+    tiny_pipeline(family).save_pretrained(tmp_path)
+    for part in ("transformer", "text_encoder"):
+        path = tmp_path / part / "config.json"
+        settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        config = json.loads(path.read_text()) | {"quantization_config": settings}
+        path.write_text(json.dumps(config))
+    modules = loading.empty_components(family, str(tmp_path))
+    assert [modules[k].quantized for k in ("transformer", "text_encoder", "vae")] == [1, 1, 0]
+    sizes = loading.component_sizes(family, modules, str(tmp_path))
+    for part in ("transformer", "text_encoder"):
+        files = list((tmp_path / part).glob("*.safetensors"))
+        assert sizes[part][0] == pytest.approx(sum(file.stat().st_size for file in files))
+    weights = sum(parameter.numel() for parameter in modules["vae"].parameters())
+    assert sizes["vae"][0] == 2 * weights
+    with pytest.raises(ValueError, match=r"--quantize nf4: the base's \w+ is quantised"):
+        loading.component_sizes(family, modules, str(tmp_path), "nf4")
+    given = {}
+    monkeypatch.setattr(
+        diffusers.Flux2Pipeline, "from_pretrained", lambda *args, **options: given.update(options)
     )
-    assert "--offload group" in message
-    assert "memory: about 58 GB" in dm.check_memory(*arguments[:-1], torch.device("cpu"))
+    loading.load_base(family, str(tmp_path))
+    assert "quantization_config" not in given and given["use_safetensors"]
 
 
-# ------------------------------------------------------------------------------------------------
-# Images and bases as people have them
-# ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", dm.FAMILIES)
+def test_noise_is_drawn_as_the_base_pipeline_draws_it(name):
+    """A seed gives the same start as in diffusers; FLUX.2 draws (B, 4 C, H/2, W/2)."""
+    family, pipe = dm.FAMILIES[name], tiny_pipeline(dm.FAMILIES[name])
+    generator = torch.Generator().manual_seed(42)
+    noise = family.draw_noise((1, *dm.latent_shape(pipe, **SIZE)), generator)
+    arguments = (1, 4, 64, 48, torch.float32, torch.device("cpu"))
+    drawn = pipe.prepare_latents(*arguments, torch.Generator().manual_seed(42))
+    drawn = drawn[0] if isinstance(drawn, tuple) else drawn
+    close(noise, dm.unpack(drawn, noise), 0)
 
 
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (6, 1), (3, 2), (8, 3)])
-def test_photos_are_turned_upright(orientation, turns, tmp_path):
-    pixels = np.zeros((32, 64, 3), np.uint8)
-    pixels[:8, :8, 0] = 255  # a red corner
-    image = Image.fromarray(pixels)
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "phone.png", exif=exif)
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
-        read = np.asarray(dm.read_image(tmp_path / "phone.png"))
-    assert (read == np.rot90(pixels, -turns)).all()
-    expected = diffusers.utils.load_image(str(tmp_path / "phone.png"))
-    assert (read == np.asarray(expected)).all()
-    said = [f"image {tmp_path / 'phone.png'}: turned upright (EXIF)"] if turns else []
-    assert [str(note.message) for note in notes] == said
+@pytest.mark.parametrize("name", dm.FAMILIES)
+def test_encoding_is_the_inverse_of_decoding(name, monkeypatch):
+    """Behind a VAE that changes nothing: latents come back, moved and scaled twice."""
+    family, pipe = dm.FAMILIES[name], tiny_pipeline(dm.FAMILIES[name])
+    pipe.vae.bn.running_mean.normal_() if name == "flux2" else None
+    seen = []
+
+    def vae_decode(latent, return_dict):
+        seen.append(latent)
+        return (latent,)
+
+    def vae_encode(image):
+        mode = seen[-1]
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: mode))
+
+    monkeypatch.setattr(pipe.vae, "decode", vae_decode)
+    monkeypatch.setattr(pipe.vae, "encode", vae_encode)
+    x = torch.randn(1, 4, 8, 6, generator=torch.Generator().manual_seed(1))
+    images = family.decode(pipe, x)
+    close(family.encode(pipe, images), x, 1e-5)
 
 
-def images(tmp_path):
-    """name -> (image file, the RGB values of its one colour, what is said)."""
-    sixteen = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    glass = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    grey_glass = Image.new("LA", (4, 4), (100, 255))
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    palette.save(tmp_path / "hole.png", transparency=1)
-    frames[0].save(tmp_path / "frames.gif", save_all=True, append_images=frames[1:])
-    sixteen.save(tmp_path / "16.png")
-    sixteen.save(tmp_path / "16.tiff")
-    for name, image in (("palette", palette), ("glass", glass), ("grey", grey_glass)):
-        image.save(tmp_path / f"{name}.png")
-    Image.new("1", (4, 4), 1).save(tmp_path / "bits.png")
-    Image.new("RGBA", (4, 4), (1, 2, 3, 255)).save(tmp_path / "opaque.png")
-    return {
-        "16.png": (128, 128, 128, "16 bits scaled to 8"),
-        "16.tiff": (128, 128, 128, "16 bits scaled to 8"),
-        "palette.png": (10, 20, 30, None),
-        "hole.png": (255, 255, 255, "transparent pixels on white"),
-        "glass.png": (255, 255, 255, "transparent pixels on white"),
-        "grey.png": (100, 100, 100, None),
-        "bits.png": (255, 255, 255, None),
-        "opaque.png": (1, 2, 3, None),
-        "frames.gif": (255, 0, 0, "first of 2 frames"),
-    }
-
-
-def test_images_of_every_mode_are_read(tmp_path):
-    for name, (*color, said) in images(tmp_path).items():
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always")
-            image = dm.read_image(tmp_path / name)
-        assert image.mode == "RGB" and image.getpixel((1, 2)) == tuple(color), name
-        given = [] if said is None else [f"image {tmp_path / name}: {said}"]
-        assert [str(note.message) for note in notes] == given
-
-
-def test_unreadable_images_are_named(tmp_path):
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-400])
-    (tmp_path / "text.png").write_text("no picture")
-    Image.new("F", (4, 4)).save(tmp_path / "float.tiff")
-    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "32.tiff")
-    for name, message in (
-        ("cut.jpg", "truncated"), ("text.png", "cannot identify"), ("missing.png", "No such file"),
-        ("float.tiff", "floating-point"), ("32.tiff", "pixels 70000 to 70000"), (".", "directory"),
-    ):  # fmt: skip
-        with pytest.raises((ValueError, OSError), match=f"image .*{name}: .*{message}") as error:
-            dm.read_image(tmp_path / name)
-        assert "\n" not in str(error.value)
+# ---- Bases as people have them -------------------------------------------------------------------
 
 
 def test_a_base_with_other_latents_is_refused_with_the_numbers(tmp_path):
@@ -212,7 +201,7 @@ def test_a_base_with_other_latents_is_refused_with_the_numbers(tmp_path):
     config = tmp_path / "vae" / "config.json"
     config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 16'))
     with pytest.raises(ValueError, match="takes 16 channels per token, the VAE gives 4 x 16"):
-        dm.empty_components(family, str(tmp_path))
+        loading.empty_components(family, str(tmp_path))
 
 
 def test_a_damaged_base_is_named(tmp_path):
@@ -221,17 +210,17 @@ def test_a_damaged_base_is_named(tmp_path):
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises((ValueError, OSError), match=f"base {tmp_path}: "):
-        dm.load_base(family, str(tmp_path))
+        loading.load_base(family, str(tmp_path))
     weights.rename(weights.with_suffix(".bin"))  # never unpickled
     with pytest.raises((ValueError, OSError), match=f"base {tmp_path}: .*safetensors"):
-        dm.load_base(family, str(tmp_path))
+        loading.load_base(family, str(tmp_path))
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace('"AutoencoderKL"', '"AutoencoderOfTomorrow"'))
     with pytest.raises(ImportError, match="has no AutoencoderOfTomorrow: pip install -U diffusers"):
-        dm.empty_components(family, str(tmp_path))
+        loading.empty_components(family, str(tmp_path))
     index.write_text("{")
     with pytest.raises(OSError, match=f"base {tmp_path}: "):
-        dm.empty_components(family, str(tmp_path))
+        loading.empty_components(family, str(tmp_path))
 
 
 def test_guidance_of_a_base_that_embeds_none():
@@ -241,7 +230,7 @@ def test_guidance_of_a_base_that_embeds_none():
         network = getattr(diffusers, dm.FAMILIES[name].transformer)
         with torch.device("meta"):
             base = network(num_layers=1, guidance_embeds=embeds)
-        return dm.trained_guidance(base, dm.FAMILIES[name])
+        return dm.FAMILIES[name].embedded_guidance(base)
 
     assert [guidance_of("flux", embeds) for embeds in (True, False)] == [3.5, None]
     assert [guidance_of("flux2", embeds) for embeds in (True, False)] == [4.0, None]

@@ -7,12 +7,11 @@ pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 
 import torch  # noqa: E402
 
-import text_to_image.families as dm  # noqa: E402
-from common.fashion import recognition_rate  # noqa: E402
+from common import fashion  # noqa: E402
 from common.teachers import guided_velocity, integrate_teacher  # noqa: E402
-from imagenet import fashion  # noqa: E402
-from text_to_image.generate import SHIFT, load  # noqa: E402
-from text_to_image.tiny_fashion import (  # noqa: E402
+from text_to_image.families import FAMILIES, SHIFT, pack, unpack  # noqa: E402
+from text_to_image.generate import load  # noqa: E402
+from text_to_image.tiny import (  # noqa: E402
     ADAPTERS,
     GUIDANCE,
     SIDE,
@@ -23,7 +22,7 @@ from text_to_image.tiny_fashion import (  # noqa: E402
     word_vectors,
 )
 
-QWEN = dm.FAMILIES["qwen"]
+QWEN = FAMILIES["qwen"]
 NAMES = ("t-shirt", "trousers", "pullover", "dress", "coat",
          "sandal", "shirt", "sneaker", "bag", "ankle boot")  # fmt: skip
 
@@ -52,26 +51,27 @@ def test_pipeline_of_diffusers_draws_the_same():
     pipe = fashion_pipeline()
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 14, 14, generator=torch.Generator().manual_seed(3))
-    conditions = dm.encode_prompts(pipe, QWEN, ["a dark coat"])
+    conditions = QWEN.encode_prompts(pipe, ["a dark coat"])
 
     def teacher(x, t):
-        return dm.unpack(dm.evaluate(pipe, QWEN, x, t, conditions), x)
+        return unpack(QWEN.evaluate(pipe.transformer, x, t, conditions), x)
 
     with torch.no_grad():
-        expected = dm.decode(pipe, QWEN, integrate_teacher(teacher, noise, 8, SHIFT))
-    image = pipe("a dark coat", num_inference_steps=8, latents=dm.pack(noise), height=SIDE,
+        expected = QWEN.decode(pipe, integrate_teacher(teacher, noise, 8, SHIFT))
+    image = pipe("a dark coat", num_inference_steps=8, latents=pack(noise), height=SIDE,
                  width=SIDE, true_cfg_scale=1.0, output_type="pt").images  # fmt: skip
     torch.testing.assert_close(image * 2 - 1, expected.clamp(-1, 1), atol=1e-3, rtol=0)
 
 
 def guided_teacher(pipe, prompts):
     """The base with guidance GUIDANCE, as the adapters were distilled."""
-    both = dm.encode_prompts(pipe, QWEN, [*prompts, *[" "] * len(prompts)])
+    both = QWEN.encode_prompts(pipe, [*prompts, *[""] * len(prompts)])
 
     @torch.no_grad()
     def teacher(x, t):
-        u = dm.evaluate(pipe, QWEN, torch.cat([x, x]), torch.cat([t, t]), both)
-        return guided_velocity(*dm.unpack(u, torch.cat([x, x])).chunk(2), GUIDANCE, t)
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        u = unpack(QWEN.evaluate(pipe.transformer, x, t, both), x)
+        return guided_velocity(*u.chunk(2), GUIDANCE, t.chunk(2)[0])
 
     return teacher
 
@@ -96,7 +96,7 @@ def test_shipped_adapters_draw_what_the_words_say(model):
     generate = load(model, tiny=True, device="cpu")
     prompts = [f"a photo of a {name}" for name in NAMES for _ in range(4)]
     drawn = generate(prompts, batch=40, output="latent").latents
-    rate = recognition_rate(fashion.to_images(drawn), torch.arange(40) // 4)
+    rate = fashion.recognition_rate(fashion.to_images(drawn), torch.arange(40) // 4)
     assert rate >= 0.85
     dark, white = (
         generate([f"a {word} {name}" for name in NAMES], batch=10, output="latent").latents
