@@ -105,7 +105,7 @@ class PolicySpec:
 
 
 class Sampling(NamedTuple):
-    """What sampling needs beside the weights; the trainer writes it into the adapter's file."""
+    """What sampling needs beside the weights: "_sampling" in the config.json that a run writes."""
 
     family: str
     nfe: int
@@ -122,7 +122,7 @@ class Adapter(NamedTuple):
     name: str
     config: dict
     tensors: dict[str, Tensor]
-    policy: dict | None = None  # both from the metadata of the tensor file
+    policy: dict | None = None  # from the metadata of the tensor file
     sampling: Sampling | None = None
 
     @property
@@ -151,13 +151,11 @@ def read_adapter(where: str) -> Adapter:
     config = _json_object(paths[0].read_bytes(), f"{what}: config.json")
     with naming(f"{what}: {paths[1].name} is damaged"), safe_open(paths[1], "pt") as file:
         tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
-        about = file.metadata() or {}
-    policy, sampling = (
-        _json_object(about[key].encode(), f"{what}: {key}") if key in about else None
-        for key in ("policy_config", "sampling")
-    )
+        text = (file.metadata() or {}).get("policy_config")
+    policy = None if text is None else _json_object(text.encode(), f"{what}: policy_config")
+    sampling = config.pop("_sampling", None)
     if sampling is not None:
-        with naming(f"{what}: sampling {sampling}"):
+        with naming(f"{what}: _sampling in its config.json"):
             sampling = Sampling(**sampling)
     return Adapter(where, config, tensors, policy, sampling)
 
@@ -166,12 +164,12 @@ def write_adapter(folder: str, adapter: Adapter) -> None:
     """Writes config.json and the tensors in the published layout, the weights last."""
     from safetensors.torch import save_file
 
-    about = {"policy_config": json.dumps(adapter.policy)}
+    config = adapter.config
     if adapter.sampling is not None:
-        about["sampling"] = json.dumps(adapter.sampling._asdict())
-    files.write_json(files.join(folder, "config.json"), adapter.config)
+        config = config | {"_sampling": adapter.sampling._asdict()}  # diffusers skips such a name
+    files.write_json(files.join(folder, "config.json"), config)
     with files.writing(files.join(folder, WEIGHTS)) as temporary:
-        save_file(adapter.tensors, temporary, about)
+        save_file(adapter.tensors, temporary, {"policy_config": json.dumps(adapter.policy)})
 
 
 def _from_hub(where: str, file: str, what: str) -> Path:

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.train import Place, TrainSettings, from_first, processes, rank, train
 from torch import Tensor, nn
 
 from common.cli import keep_freed_memory, parse, run_cli, setting
 from common.files import join, writing
 from common.plots import image_rows
 from common.teachers import endpoint_rmse, integrate_teacher
+from common.train import Place, TrainSettings, from_first, processes, rank, train
 from piflow_minimal import PiIDLoss, pi_id_data_dependent, pi_id_data_free, sample, segment_of
 from text_to_image import cache_prompts, loading
 from text_to_image.adapters import PolicySpec, Sampling, write_adapter
@@ -161,9 +161,8 @@ PRESETS = {
 
 def tiny(settings: Settings) -> Settings:
     """A preset's numbers for the small stand-ins."""
-    guidance = GUIDANCE if settings.family == "qwen" else None
     return replace(
-        settings, tiny=True, guidance=guidance, out="outputs/t2i_tiny",
+        settings, tiny=True, out="outputs/t2i_tiny",
         lora_rank=8, lora_dropout=0.0, logstd_width=32,
         iterations=100, mixing_iterations=settings.mixing_iterations and 50, batch=4,
         micro_batch=4, lr=2e-3, warmup=10, clip_start=20, ema_start=20, total_substeps=32,
@@ -365,7 +364,7 @@ def export_checkpoint(s: Settings) -> str:
     """Writes the adapter of a checkpoint, the moving average. -> its folder."""
     family = FAMILIES[s.family]
     if s.tiny:
-        net = demo_pipeline(family).transformer
+        net = demo_pipeline(family).transformer.to("meta")
     else:
         net = loading.empty_components(family, s.base)["transformer"]
     with torch.device("meta"):
@@ -386,7 +385,8 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
         presets = {name: tiny(preset) for name, preset in presets.items()}
     s = parse(Settings, __doc__, argv, presets)
     if s.guidance is None:
-        s = replace(s, guidance=FAMILIES[s.family].guidance)
+        clothes = s.tiny and s.family == "qwen"
+        s = replace(s, guidance=GUIDANCE if clothes else FAMILIES[s.family].guidance)
     return s
 
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common.train import read_checkpoint
 from torch import Tensor, nn
 
 from common.heads import repeat_head
 from common.teachers import guided_velocity
+from common.train import read_checkpoint
 from text_to_image.adapters import LORA_NAME, Adapter, GMHead, PolicySpec, Sampling
 from text_to_image.families import (
     PATCH,

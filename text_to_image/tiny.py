@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common.fashion import ASSETS
 from torch import Tensor, nn
 
+from common.fashion import ASSETS
 from text_to_image.adapters import Adapter, expected_shapes
 from text_to_image.families import SHIFT, Family, import_diffusers, naming
 
