@@ -11,7 +11,7 @@ substeps. What surrounds the training loop is in common/static_policy.py.
 
 The text encoder (7 billion parameters) is loaded first and freed before the transformer is loaded;
 --prompt-cache keeps the prompt embeddings in a file, so that it is needed only once. --tiny takes a
-transformer of Qwen-Image's class, trained on Fashion-MNIST (text_to_image/tiny_fashion.py), and
+transformer of Qwen-Image's class, trained on Fashion-MNIST (text_to_image/tiny.py), and
 the settings of the tiny DiT: the same program, offline, on a CPU.
 """
 
@@ -35,7 +35,8 @@ from common.static_policy import (
 )
 from common.teachers import guided_velocity
 from piflow_minimal import Teacher, pi_id_loss
-from text_to_image.tiny_fashion import GUIDANCE, SIDE, fashion_pipeline
+from text_to_image import loading
+from text_to_image.tiny import GUIDANCE, SIDE, fashion_pipeline
 
 SHIFT = 3.2
 OFFLOADS = ("none", "group")  # there is only one large component at a time
@@ -49,14 +50,14 @@ class Settings(ToySettings):
     out: Path = setting(Path("outputs/toy_qwen"), "folder for figures and metrics")
     tiny: bool = setting(False, "a small model of clothes in place of Qwen-Image, offline")
     prompt: str = setting("a blue jay on a snowy branch, photograph", "prompt of the one picture")
-    negative_prompt: str = setting(" ", "prompt of the unconditional branch")
+    negative_prompt: str = setting("", "prompt of the unconditional branch")
     guidance: float = setting(4.0, "classifier-free guidance scale; 1: none", low=0)
     height: int = setting(768, "multiple of 16; smaller: less memory", low=16)
     width: int = setting(1360, "multiple of 16", low=16)
     prompt_cache: Path | None = setting(None, "file of the prompt embeddings, read if it exists")
     base: str | None = setting(None, "folder or Hub name in place of " + QWEN.repo)
-    quantize: str = setting("none", dm.QUANTIZE_HELP, choices=dm.BYTES_PER_WEIGHT)
-    offload: str = setting("none", dm.offload_help(OFFLOADS), choices=OFFLOADS)
+    quantize: str = setting("none", loading.QUANTIZE_HELP, choices=loading.BYTES_PER_WEIGHT)
+    offload: str = setting("none", loading.offload_help(OFFLOADS), choices=OFFLOADS)
     one_branch: bool = setting(
         False, "one guidance branch at a time: half the activation memory, more time"
     )
@@ -118,7 +119,7 @@ def fit(
 
 def encode(pipe: Any, prompts: Sequence[str]) -> list[dm.Conditions]:
     """Prompt and negative prompt, each on its own: no padding, no mask."""
-    return [dm.encode_prompts(pipe, QWEN, [prompt]) for prompt in prompts]
+    return [QWEN.encode_prompts(pipe, [prompt]) for prompt in prompts]
 
 
 def save_prompts(path: Path, prompts: Sequence[str], encoded: Sequence[dm.Conditions]) -> None:
@@ -159,7 +160,7 @@ def guided_qwen(
     both = dm.Conditions.stack(encoded)
 
     def velocity(x: Tensor, t: Tensor, conditions: dm.Conditions) -> Tensor:
-        return dm.unpack(dm.evaluate(pipe, QWEN, x, t, conditions).float(), x)
+        return dm.unpack(QWEN.evaluate(pipe.transformer, x, t, conditions).float(), x)
 
     def teacher(x: Tensor, t: Tensor) -> Tensor:
         b = len(x)
@@ -184,24 +185,27 @@ def load_teacher(settings: Settings, device: torch.device) -> tuple[Any, list[dm
         encoded = cached or encode(pipe, prompts)
     else:
         base, quantize, dtype = settings.base, settings.quantize, torch.bfloat16
-        counts = dm.count_parameters(dm.empty_components(QWEN, base))
-        text = {"text_encoder": counts.pop("text_encoder")}
+        modules = loading.empty_components(QWEN, base)
+        sizes = loading.component_sizes(QWEN, modules, base, quantize)
+        text = {"text_encoder": sizes.pop("text_encoder")}
         pixels, batch = settings.height * settings.width, 1 if settings.one_branch else 2
         policy = 12 * 4 * settings.components * 16 * pixels / 64  # its parameters, Adam, rollout
-        memory = settings.quantize, settings.offload, pixels, batch, device, OFFLOADS
+        for part, weights, other in (("text encoder", text, 0.0), ("transformer", sizes, policy)):
+            if part == "transformer" or cached is None:
+                weights = loading.weights_on_gpu(weights, settings.offload) + other
+                need = loading.memory_needed(weights, QWEN, pixels, batch)
+                helps = "--quantize nf4, --offload group or --one-branch"
+                print(f"{part}:", loading.check_memory(need, device, "weights and work", helps))
         if cached is None:
-            print("text encoder:", dm.check_memory(QWEN, text, *memory))
-        print("transformer:", dm.check_memory(QWEN, counts, *memory, policy))
-        if cached is None:
-            pipe = dm.load_base(QWEN, base, dtype, quantize, ("transformer", "vae"))
-            dm.place(pipe, device, settings.offload)
+            pipe = loading.load_base(QWEN, base, dtype, quantize, ("transformer", "vae"))
+            loading.place(pipe, device, settings.offload)
             encoded = encode(pipe, prompts)
             del pipe
-            dm.release_memory()
+            loading.release_memory()
         else:
             encoded = cached
-        pipe = dm.load_base(QWEN, base, dtype, quantize, ("text_encoder", "tokenizer"))
-        dm.place(pipe, device, settings.offload)
+        pipe = loading.load_base(QWEN, base, dtype, quantize, ("text_encoder", "tokenizer"))
+        loading.place(pipe, device, settings.offload)
     if cache and cached is None:
         save_prompts(cache, prompts, encoded)
     return pipe, [dm.Conditions(part.embeds.to(device)) for part in encoded]
@@ -221,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     x_src = torch.randn(1, *shape, generator=generator).to(device)
 
     def decode(x: Tensor) -> Tensor:
-        return dm.decode(pipe, QWEN, x)
+        return QWEN.decode(pipe, x)
 
     name = settings.prompt if settings.tiny else settings.base or QWEN.repo
     run_toy(fit, teacher, x_src, decode, settings, name, SHIFT)

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from assets.train_tiny_teacher import load_data, save_grid
 from common import fashion
-from common.cli import atomic, parse, run_cli, setting
+from common.cli import parse, run_cli, setting
 from common.fashion import frechet_distance, recognition_rate
+from common.files import writing
 from common.teachers import guided_velocity, integrate_teacher
-from text_to_image.families import FAMILIES, Conditions, network_inputs, unpack
-from text_to_image.tiny_fashion import CONFIG, GUIDANCE, TEACHER, encode_words, word_vectors
+from text_to_image.families import FAMILIES, SHIFT, Conditions, unpack
+from text_to_image.tiny import CONFIG, GUIDANCE, TEACHER, encode_words, word_vectors
 
 NAMES = (
     ("t-shirt", "t-shirt top", "tee"),
@@ -138,8 +139,7 @@ def draw_batch(data: Data, batch: int, seed: int, step: int):
 
 def velocity(net: nn.Module, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
     """u at x (B, 4, 14, 14), t (B,)."""
-    inputs = network_inputs(FAMILIES["qwen"], x, t, conditions, None)
-    return unpack(net(**inputs, return_dict=False)[0], x)
+    return unpack(FAMILIES["qwen"].evaluate(net, x, t, conditions), x)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def draw_samples(net: nn.Module, prompts: list[str], guidance: float, seed: int)
             u = velocity(net, torch.cat([x, x]), torch.cat([t, t]), both)  # noqa: B023
             return guided_velocity(*u.chunk(2), guidance, t)
 
-        images.append(fashion.to_images(integrate_teacher(teacher, noise, 50, shift=3.2)))
+        images.append(fashion.to_images(integrate_teacher(teacher, noise, 50, SHIFT)))
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -197,7 +197,7 @@ def train(settings: Settings, data: Data) -> nn.Module:
             print(f"{step + 1}/{settings.iterations}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
             state = {name: part.state_dict() for name, part in
                      (("net", net), ("ema", ema), ("optimizer", optimizer))}  # fmt: skip
-            with atomic(resume) as temporary:
+            with writing(resume) as temporary:
                 torch.save(state | {"step": step + 1}, temporary)
             prompts = [names[0] for names in NAMES for _ in range(4)]
             images = draw_samples(ema, prompts, settings.guidance, settings.seed)
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     images, labels = load_data(settings.data, train=True)
     data = Data(fashion.to_latents(images), labels, describe(images, labels))
     net = train(settings, data).eval()
-    with atomic(settings.out) as temporary:
+    with writing(settings.out) as temporary:
         save_file({key: value.half() for key, value in net.state_dict().items()}, temporary)
 
     labels = torch.arange(settings.judged) % len(NAMES)

@@ -90,19 +90,19 @@ def arrows() -> None:
 @torch.no_grad()
 def words() -> None:
     """The shipped adapters of the small text-to-image model above the model itself, same noises."""
-    import text_to_image.families as dm
-    from text_to_image.generate import SHIFT, load
-    from text_to_image.tiny_fashion import GUIDANCE, fashion_pipeline
+    from text_to_image.families import FAMILIES, SHIFT, unpack
+    from text_to_image.generate import load
+    from text_to_image.tiny import GUIDANCE, fashion_pipeline
 
-    pipe, qwen, rows = fashion_pipeline(), dm.FAMILIES["qwen"], {}
+    pipe, qwen, rows = fashion_pipeline(), FAMILIES["qwen"], {}
     for model in ("gm-qwen", "dx-qwen"):
         latents = load(model, tiny=True, device="cpu")(WORDS, batch=8, output="latent").latents
         rows[f"{model}, 4 network evaluations"] = latents
-    both = dm.encode_prompts(pipe, qwen, [*WORDS, *[" "] * len(WORDS)])
+    both = qwen.encode_prompts(pipe, [*WORDS, *[""] * len(WORDS)])
 
     def teacher(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         twice = torch.cat([x, x])
-        u = dm.unpack(dm.evaluate(pipe, qwen, twice, torch.cat([t, t]), both), twice)
+        u = unpack(qwen.evaluate(pipe.transformer, twice, torch.cat([t, t]), both), twice)
         return guided_velocity(*u.chunk(2), GUIDANCE, t)
 
     seeds = (torch.Generator().manual_seed(i) for i in range(len(WORDS)))
@@ -110,7 +110,7 @@ def words() -> None:
     for steps in (4, 50):
         name = f"the model itself, {steps} Euler steps of 2 network evaluations"
         rows[name] = integrate_teacher(teacher, noise, steps, SHIFT)
-    figure = image_rows({name: dm.decode(pipe, qwen, x) for name, x in rows.items()})
+    figure = image_rows({name: qwen.decode(pipe, x) for name, x in rows.items()})
     for axis, text in zip(figure.axes, WORDS, strict=False):
         axis.set_title(text, fontsize=8, pad=18)
     save_figure(figure, FOLDER.parent / "assets" / "tiny_text.png")

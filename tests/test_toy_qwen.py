@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import text_to_image.families as dm  # noqa: E402
 import toy_qwen  # noqa: E402
 from common.cli import parse  # noqa: E402
-from text_to_image.tiny_models import tiny_pipeline  # noqa: E402
+from text_to_image import loading  # noqa: E402
+from text_to_image.tiny import tiny_pipeline  # noqa: E402
 from toy_qwen import (  # noqa: E402
     PRESETS,
     QWEN,
@@ -127,13 +128,13 @@ def test_program_end_to_end(tmp_path, capsys):
 def test_text_encoder_is_needed_once_and_gone_before_the_transformer(tmp_path, monkeypatch, capsys):
     """The program on a base in a folder; the cache gives the same numbers without text encoder."""
     tiny_pipeline(QWEN).save_pretrained(tmp_path / "base")
-    loads, load_base = [], dm.load_base
+    loads, load_base = [], loading.load_base
 
     def watched(family, base, dtype, quantize, without):
         loads.append(without)
         return load_base(family, base, dtype, quantize, without)
 
-    monkeypatch.setattr(dm, "load_base", watched)
+    monkeypatch.setattr(loading, "load_base", watched)
     cache = str(tmp_path / "prompts.safetensors")
     metrics = []
     for out in ("first", "second"):
@@ -150,11 +151,10 @@ def test_text_encoder_is_needed_once_and_gone_before_the_transformer(tmp_path, m
 
 def test_estimate_before_loading(tmp_path, monkeypatch):
     """Too little GPU memory: an error with the options that help, and nothing is loaded."""
-    counts = {"transformer": (20_000_000_000, 10**8), "text_encoder": (8_000_000_000, 10**8)}
-    counts["vae"] = (10**8, 10**7)
-    monkeypatch.setattr(dm, "empty_components", lambda *args: None)
-    monkeypatch.setattr(dm, "count_parameters", lambda modules: dict(counts))
-    monkeypatch.setattr(dm, "load_base", lambda *args: pytest.fail("loads the base"))
+    sizes = {"transformer": (40e9, 2e8), "text_encoder": (16e9, 2e8), "vae": (2e8, 2e7)}
+    monkeypatch.setattr(loading, "empty_components", lambda *args: None)
+    monkeypatch.setattr(loading, "component_sizes", lambda *args: dict(sizes))
+    monkeypatch.setattr(loading, "load_base", lambda *args: pytest.fail("loads the base"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
     with pytest.raises(ValueError, match="not enough GPU memory.*--quantize nf4") as error:
         toy_qwen.load_teacher(Settings(), torch.device("cuda"))

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from common.cli import keep_freed_memory, parse, run_cli, setting
 from common.files import join, writing
 from common.plots import image_rows
+from common.processes import Place, from_first, processes, rank
 from common.teachers import endpoint_rmse, integrate_teacher
-from common.train import Place, TrainSettings, from_first, processes, rank, train
+from common.train import TrainSettings, train
 from piflow_minimal import PiIDLoss, pi_id_data_dependent, pi_id_data_free, sample, segment_of
 from text_to_image import cache_prompts, loading
 from text_to_image.adapters import PolicySpec, Sampling, write_adapter

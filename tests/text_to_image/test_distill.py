@@ -21,8 +21,8 @@ from safetensors import safe_open  # noqa: E402
 
 import text_to_image.distill as distill  # noqa: E402
 from common.cli import parse  # noqa: E402
+from common.processes import Place  # noqa: E402
 from common.teachers import guided_velocity  # noqa: E402
-from common.train import Place  # noqa: E402
 from piflow_minimal import pi_id_loss, segment_of, shift_time  # noqa: E402
 from tests.two_processes import run_two  # noqa: E402
 from text_to_image import cache_prompts  # noqa: E402
