@@ -67,6 +67,8 @@ def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Mo
     base, modules = base or family.repo, {}
     with naming(f"base {base}"), torch.device("meta"):
         index = pipeline_class(family).load_config(base)
+        if (found := index.get("_class_name")) != family.pipeline:
+            raise ValueError(f"it is of a {found}, not a {family.pipeline}")
         for name, part in index.items():
             if not isinstance(part, list | tuple) or part[1] is None:
                 continue

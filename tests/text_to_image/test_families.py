@@ -218,6 +218,9 @@ def test_a_damaged_base_is_named(tmp_path):
     index.write_text(index.read_text().replace('"AutoencoderKL"', '"AutoencoderOfTomorrow"'))
     with pytest.raises(ImportError, match="has no AutoencoderOfTomorrow: pip install -U diffusers"):
         loading.empty_components(family, str(tmp_path))
+    index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
+    with pytest.raises(ValueError, match="it is of a FluxKontextPipeline, not a FluxPipeline"):
+        loading.empty_components(family, str(tmp_path))
     index.write_text("{")
     with pytest.raises(OSError, match=f"base {tmp_path}: "):
         loading.empty_components(family, str(tmp_path))

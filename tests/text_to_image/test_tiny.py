@@ -9,6 +9,7 @@ import torch  # noqa: E402
 
 from common import fashion  # noqa: E402
 from common.teachers import guided_velocity, integrate_teacher  # noqa: E402
+from text_to_image.adapters import Sampling  # noqa: E402
 from text_to_image.families import FAMILIES, SHIFT, pack, unpack  # noqa: E402
 from text_to_image.generate import load  # noqa: E402
 from text_to_image.tiny import (  # noqa: E402
@@ -94,6 +95,7 @@ def test_shipped_adapters_draw_what_the_words_say(model):
     """Classes are recognised, a dark one is darker, and the end is nearer to the teacher's than
     four Euler steps come (the classifier is right on 93% of real images)."""
     generate = load(model, tiny=True, device="cpu")
+    assert generate.trained == Sampling("qwen", 4, None, 3.2, 0.5, 32, "euler")
     prompts = [f"a photo of a {name}" for name in NAMES for _ in range(4)]
     drawn = generate(prompts, batch=40, output="latent").latents
     rate = fashion.recognition_rate(fashion.to_images(drawn), torch.arange(40) // 4)
