@@ -47,8 +47,9 @@ def build_page(settings: Any, editing: dict[str, bool], load: Callable, draw: Ca
         prompt, model, nfe, temperature, seed, images, width, height, references, with_trajectory
     ):
         chosen = dataclasses.replace(
-            settings, model=model, prompt=(prompt,), seed=seed, images=images, width=width,
-            height=height, nfe=nfe or None, temperature=temperature or None,
+            settings, model=model, prompt=(prompt,), seed=seed, images=images,
+            width=width or None, height=height or None, nfe=nfe or None,
+            temperature=temperature or None,
         )  # fmt: skip
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)
@@ -96,9 +97,11 @@ def build_page(settings: Any, editing: dict[str, bool], load: Callable, draw: Ca
                     dice = gr.Button("Random seed")
                     images = gr.Slider(1, 8, settings.images, step=1, label="Images")
                 with gr.Row():
-                    automatic = {"precision": 0, "placeholder": "automatic"}
-                    width = gr.Number(settings.width, label="Width", **automatic)
-                    height = gr.Number(settings.height, label="Height", **automatic)
+                    label = "{} (0: automatic)"
+                    width = gr.Number(settings.width or 0, label=label.format("Width"), precision=0)
+                    height = gr.Number(
+                        settings.height or 0, label=label.format("Height"), precision=0
+                    )
                 button = gr.Button("Draw", variant="primary")
             with gr.Column():
                 pictures = gr.HTML(label="Pictures")

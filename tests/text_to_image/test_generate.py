@@ -357,9 +357,7 @@ def test_what_a_prompt_loses_is_said():
     pipe = tiny_pipeline(dm.FAMILIES["qwen"])
     apply_adapter(pipe.transformer, tiny_adapter(pipe.transformer, gmflow=True))
     generate = FewStep(pipe, dm.FAMILIES["qwen"], PolicySpec("GMFlow"), 4, True)
-    with pytest.warns(
-        UserWarning, match="prompt 2: .* reads 512 tokens; cut off is '.*a red coat'"
-    ):
+    with pytest.warns(UserWarning, match="prompt 2: .* reads 512 tokens; cut off is 'ord word"):
         generate(["a", "word " * 130 + "a red coat"], **SIZE, output="latent", total_substeps=4)
 
 

@@ -1,7 +1,10 @@
 """The page: what it draws, what it says, and what it keeps to itself."""
 
+import base64
 import importlib.util
+import io
 import json
+import re
 import shutil
 import urllib.request
 
@@ -12,39 +15,90 @@ pytest.importorskip("diffusers", reason="needs requirements-extra.txt (diffusers
 pytest.importorskip("transformers", reason="needs requirements-extra.txt (transformers)")
 pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 
+import text_to_image.generate as generate  # noqa: E402
 from common.cli import parse  # noqa: E402
 from text_to_image.generate import Settings, main  # noqa: E402
-from text_to_image.page import build_page, open_page  # noqa: E402
+from text_to_image.page import build_page  # noqa: E402
 
 FLAGS = ["--ui", "--tiny", "--device", "cpu", "--prompt", "a jay", "--total-substeps", "8"]
 
 
-def call(page, name: str, *values):
-    (function,) = (f for f in page.fns.values() if f.api_name == name)
-    return function.fn(*values)
+EDITING = {"gm-qwen": False, "gm-flux2": True}
+SETTINGS = {"model": "gm-qwen", "nfe": 0, "temperature": 0, "seed": 3, "images": 1, "width": 0,
+            "height": None, "references": None, "with_trajectory": False}  # fmt: skip
 
 
-def test_drawing_on_the_page(tmp_path, capsys):
-    page = build_page(parse(Settings, "", [*FLAGS, "--height", "64", "--width", "48"]))
-    values = ["a jay", "gm-qwen", 4, 0, 3, 2, 48, 64]
-    pictures, status = call(page, "draw", *values)
-    assert pictures.count("<img") == 2 and "seed 4" in pictures
-    assert "2 images" in status and "network" in status
-    assert "trained for 4" in call(page, "draw", "a jay", "gm-qwen", 3, 0, 3, 1, 48, 64)[1]
-    for bad, message in ((["", *values[1:]], "none may be empty"),
-                         ([*values[:6], 8, 8], "height 8, width 8"),
-                         ([*values[:4], -1, *values[5:]], "seed -1"),
-                         ([*values[:4], None, *values[5:]], "NoneType")):  # fmt: skip
+def page_of(*flags: str):
+    settings = parse(Settings, "", [*FLAGS, *flags])
+    return build_page(settings, EDITING, generate.load_from, generate.draw)
+
+
+def draw(page, prompt: str = "a jay", **options):
+    """-> pictures, trajectory, status."""
+    (function,) = (f for f in page.fns.values() if f.api_name == "draw")
+    return function.fn(prompt, *(SETTINGS | options).values())
+
+
+def test_drawing_on_the_page(tmp_path):
+    page = page_of()
+    size = {"width": 48, "height": 64}
+    pictures, trajectory, status = draw(page, images=2, **size)
+    assert pictures.count("<img") == 2 and "seed 3" in pictures and "seed 4" in pictures
+    assert trajectory == "" and status == "2 images, seeds 3 to 4"
+    status = draw(page, nfe=3, **size)[2]
+    assert "1 images, seed 3\n" in status and "trained for 4" in status
+    for bad, message in (({"prompt": " "}, "it is empty"), ({"height": 8}, "--height is 8"),
+                         ({"seed": -1}, "--seed is -1"), ({"seed": 2**64}, "--seed is"),
+                         ({"width": 10**6}, "--width is 1000000")):  # fmt: skip
         with pytest.raises(gr.Error, match=message):
-            call(page, "draw", *bad)
+            draw(page, **bad)
     assert str(tmp_path) not in pictures + status
+
+
+def test_limits_are_found_before_a_model_is_loaded():
+    settings = parse(Settings, "", FLAGS)
+    page = build_page(settings, EDITING, lambda chosen: pytest.fail("loads"), generate.draw)
+    with pytest.raises(gr.Error, match="--seed is"):
+        draw(page, seed=2**64)
+
+
+def test_the_trajectory_has_a_thumbnail_for_each_evaluation():
+    pictures, trajectory, _ = draw(page_of(), with_trajectory=True, images=2)
+    assert pictures.count("<img") == 2 and trajectory.count("<img") == 4
+    times = re.findall(r"<br>evaluation \d, t = ([\d.]+)<", trajectory)
+    assert times == ["1.00", "0.89", "0.71", "0.35"]  # shift 3.2, raw times 1, 5/7, 3/7, 1/7
+
+
+def test_editing_on_the_page(tmp_path):
+    """References change the picture, and its size follows theirs; other models ignore them."""
+    from PIL import Image
+
+    page, files = page_of("--total-substeps", "4"), []
+    for name, color in (("a", "black"), ("b", "white")):
+        Image.new("RGB", (80, 64), color).save(tmp_path / f"{name}.png")
+        files.append(str(tmp_path / f"{name}.png"))
+    runs = [draw(page, model="gm-flux2", references=given)[0] for given in (None, files[:1], files)]
+    assert len(set(runs)) == 3
+    assert size_of(runs[1]) == size_of(runs[2]) == (80, 64) and size_of(runs[0]) == (64, 64)
+    plain, given = (draw(page, references=files[:n])[0] for n in (0, 1))
+    assert plain == given  # left over from the other model
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(gr.Error, match="cannot be read as an image"):
+        draw(page, model="gm-flux2", references=files)
+
+
+def size_of(pictures: str) -> tuple[int, int]:
+    from PIL import Image
+
+    data = re.search(r"base64,([^\"]+)", pictures)[1]
+    return Image.open(io.BytesIO(base64.b64decode(data))).size
 
 
 def test_errors_of_loading_go_to_the_terminal(tmp_path, capsys):
     """They name local files, which a page that others may see does not show."""
-    page = build_page(parse(Settings, "", [*FLAGS, "--adapter", str(tmp_path)]))
+    page = page_of("--adapter", str(tmp_path))
     with pytest.raises(gr.Error) as error:
-        call(page, "draw", "a jay", "gm-qwen", 4, 0, 3, 1, 64, 64)
+        draw(page)
     assert "gm-qwen could not be loaded" in str(error.value)
     assert str(tmp_path) not in str(error.value) and str(tmp_path) in capsys.readouterr().err
     assert str(tmp_path) not in json.dumps(page.get_config_file(), default=str)
@@ -56,7 +110,7 @@ def test_the_page_listens_on_the_loopback_address_unless_told_otherwise(monkeypa
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
     monkeypatch.setenv("GRADIO_SHARE", "True")
     monkeypatch.setattr(gr.Blocks, "block_thread", lambda self: given.append(self))
-    open_page(parse(Settings, "", [*FLAGS, "--port", str(free_port())]))
+    main([*FLAGS, "--port", str(free_port())])
     (page,) = given
     try:
         assert page.server_name == "127.0.0.1" and not page.share
@@ -67,8 +121,10 @@ def test_the_page_listens_on_the_loopback_address_unless_told_otherwise(monkeypa
         page.close()
     launched = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **o: launched.update(o) or (0, "", 0))
-    open_page(parse(Settings, "", [*FLAGS, "--host", "0.0.0.0"]))
+    main([*FLAGS, "--host", "0.0.0.0"])
     assert launched["server_name"] == "0.0.0.0" and launched["share"] is False
+    main([*FLAGS, "--share"])
+    assert launched["server_name"] == "127.0.0.1" and launched["share"] is True
 
 
 def free_port() -> int:
@@ -92,9 +148,11 @@ def test_page_in_a_browser(tmp_path):
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("needs chromium and chromium-driver")
+    from PIL import Image
     from selenium.webdriver.support.ui import WebDriverWait
 
-    page = build_page(parse(Settings, "", [*FLAGS, "--images", "3"]))
+    Image.new("RGB", (80, 64), "red").save(tmp_path / "red.png")
+    page = page_of("--images", "3")
     _, url, _ = page.queue().launch(
         server_name="127.0.0.1", share=False, quiet=True, prevent_thread_lock=True
     )
@@ -113,18 +171,38 @@ def test_page_in_a_browser(tmp_path):
 
     try:
         browser.get(url)
-        draw = wait(lambda: find("button", lambda e: e.text == "Draw"))[0]
-        draw.click()
+        draw_button = wait(lambda: find("button", lambda e: e.text == "Draw"))[0]
+        draw_button.click()
         is_picture = lambda e: e.get_attribute("src").startswith("data:image/png")  # noqa: E731
-        pictures = wait(lambda: len(p := find("img", is_picture)) == 3 and p)
+        pictures = wait(lambda: len(p := find("img", is_picture)) == 7 and p)
         wait(lambda: all(p.get_property("naturalWidth") == 112 for p in pictures))
-        said = find("textarea", lambda e: "3 images" in e.get_attribute("value"))
-        assert said and "network" in said[0].get_attribute("value")
+        assert find("textarea", lambda e: "3 images, seeds 0 to 2" in e.get_attribute("value"))
+        thumbnails = find("img", lambda e: "evaluation" in e.get_attribute("alt"))
+        assert len(thumbnails) == 4 and len(find("img", lambda e: True)) >= 7
+        assert all(e.get_property("naturalWidth") == 112 for e in thumbnails)
         browser.save_screenshot(str(tmp_path / "page.png"))
+
+        seed = find("input", lambda e: e.get_attribute("aria-label") == "Seed")[0]
+        find("button", lambda e: e.text == "Random seed")[0].click()
+        wait(lambda: seed.get_attribute("value") != "0")
+        draw_button.click()
+        drawn = f"seeds {seed.get_attribute('value')} to "
+        wait(lambda: find("textarea", lambda e: drawn in e.get_attribute("value")))
+
+        assert not find("input", lambda e: e.get_attribute("type") == "file" and e.is_enabled())
+        find("input", lambda e: e.get_attribute("aria-label") == "Model")[0].click()
+        wait(lambda: find("li", lambda e: "gm-flux2" in e.text))[0].click()
+        upload = wait(lambda: find("input", lambda e: e.get_attribute("type") == "file"))[0]
+        upload.send_keys(str(tmp_path / "red.png"))
+        wait(lambda: "red" in browser.find_element("tag name", "body").text)
+        draw_button.click()
+        wait(lambda: any(e.get_property("naturalWidth") == 80 for e in find("img", is_picture)))
+        browser.save_screenshot(str(tmp_path / "edited.png"))
+
         prompt = find("textarea", lambda e: e.get_attribute("value") == "a jay")[0]
         prompt.send_keys(*[webdriver.Keys.BACKSPACE] * len("a jay"))
-        draw.click()
-        wait(lambda: "none may be empty" in browser.find_element("tag name", "body").text)
+        draw_button.click()
+        wait(lambda: "it is empty" in browser.find_element("tag name", "body").text)
         severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
         assert not severe, severe
     finally:
