@@ -1,0 +1,243 @@
+"""Evaluates a few-step student: pictures of many prompts, CLIP score, HPSv2.1, Frechet distance.
+
+    python -m text_to_image.evaluate --tiny                                # offline, on clothes
+    python -m text_to_image.evaluate --prompts coco-10k --reference data/coco --batch 4
+    torchrun --nproc-per-node 8 -m text_to_image.evaluate --prompts hpsv2 --hps
+    python -m text_to_image.evaluate --prompts prompts.txt --clip none
+
+--prompts is a text or JSONL file, a dataset on the Hub, or a name: hpsv2 is the benchmark of that
+metric (3,200 prompts), coco-10k the first 10,000 captions of a set of COCO 2014 validation images.
+One picture per prompt, picture i from seed + i, drawn with all settings as trained.
+
+In --out: images/, drawn.json (settings, prompts and seeds) and metrics.json, written after each
+metric. The same command continues: pictures that are there are kept.
+"""
+
+import dataclasses
+import json
+import unittest.mock
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import fashion
+from common.cli import keep_freed_memory, parse, run_cli, setting
+from common.files import read_json, write_json, writing
+from common.frechet import gaussian_distance, inception_features, load_inception, moments
+from common.images import list_images, read_image, square
+from common.train import Place, processes
+from text_to_image.families import naming, require_package
+from text_to_image.generate import LoadSettings, draw, load_from
+from text_to_image.prompts import KNOWN, read_hub, read_source
+
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m text_to_image.evaluate")
+
+COCO = "sayakpaul/coco-30-val-2014"
+STYLES = ("anime", "concept-art", "paintings", "photo")  # of the benchmark HPSv2
+TINY_PROMPTS = tuple(f"a photo of a {name}" for name in fashion.CLASSES)
+CHUNK = 64  # pictures between two writes
+
+
+@dataclass(frozen=True)
+class Settings(LoadSettings):
+    """What is drawn and measured."""
+
+    prompts: str | None = setting(
+        None, f"{KNOWN}, dataset on the Hub, coco-10k or hpsv2", path=True
+    )
+    column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
+    split: str = setting("train", "split of a dataset on the Hub")
+    limit: int | None = setting(None, "number of prompts to use; all of them", low=2)
+    out: Path = setting(Path("outputs/t2i_evaluation"), "folder for pictures and metrics")
+    clip: str = setting(
+        "openai/clip-vit-large-patch14", "folder or Hub name of a CLIP model, or none", path=True
+    )
+    hps: bool = setting(False, "HPSv2.1, by the package hpsv2")
+    reference: Path | None = setting(None, "folder of real images, for the FID")
+    inception: str | None = setting(None, "file of the Inception weights; downloaded", path=True)
+
+
+def read_set(settings: Settings) -> list[str]:
+    """The prompts, by name or from their source. Raises: ValueError, OSError: one line."""
+    s = settings
+    if s.prompts is None and s.tiny:
+        prompts = [TINY_PROMPTS[i % len(TINY_PROMPTS)] for i in range(s.limit or 200)]
+    elif s.prompts is None:
+        raise ValueError(f"--prompts is missing: {KNOWN}, dataset on the Hub, coco-10k or hpsv2")
+    elif s.prompts == "coco-10k":
+        prompts = [prompt for prompt, _ in read_hub(COCO, "caption")][:10_000]
+    elif s.prompts == "hpsv2":
+        prompts = [prompt for style in STYLES for prompt in hpsv2_prompts(style)]
+    else:
+        prompts = [prompt for prompt, _ in read_source(s.prompts, s.column, s.split)]
+    return prompts[: s.limit]
+
+
+def hpsv2_prompts(style: str) -> list[str]:
+    """The prompts of one of `STYLES`, from the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    with naming("--prompts hpsv2"):
+        file = f"benchmark/{style}.json"
+        path = hf_hub_download("zhwang/HPDv2", file, repo_type="dataset")
+        return json.loads(Path(path).read_text("utf-8"))
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def draw_missing(settings: Settings, prompts: Sequence[str], here: Place) -> list[Path]:
+    """Draws the pictures that are not there; every process takes its share. -> all files."""
+    s = settings
+    files = [s.out / "images" / f"{i:06d}.png" for i in range(len(prompts))]
+    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    generate = None
+    for start in range(0, len(prompts), CHUNK):
+        rows = [i for i in missing if start <= i < start + CHUNK]
+        if not rows or start // CHUNK % here.world != here.rank:
+            continue
+        if generate is None:
+            generate = load_from(dataclasses.replace(s, device=str(here.device)))
+        rows = range(rows[0], rows[-1] + 1)
+        chosen = dataclasses.replace(s, seed=s.seed + rows[0])
+        result = draw(generate, chosen, [prompts[i] for i in rows])
+        for i, image in zip(rows, result.images, strict=True):
+            with writing(files[i]) as temporary:
+                image.save(temporary)
+    if here.world > 1:
+        torch.distributed.barrier()
+    return files
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_score(
+    files: Sequence[Path], prompts: Sequence[str], name: str, device: torch.device, batch: int = 32
+) -> float:
+    """100 times the mean cosine similarity of pictures and prompts, by a CLIP model."""
+    require_package("transformers", "the CLIP score", "-r requirements-extra.txt")
+    from transformers import CLIPModel, CLIPProcessor
+
+    with naming(f"--clip {name}"):
+        model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval()
+        processor = CLIPProcessor.from_pretrained(name)
+    length = model.config.text_config.max_position_embeddings
+    tokens = processor.tokenizer(list(prompts), verbose=False).input_ids
+    if cut := sum(len(row) > length for row in tokens):
+        print(f"CLIP score: {cut} prompts have more than {length} tokens and are cut")
+    total = 0.0
+    for i in range(0, len(files), batch):
+        images = [read_image(file).numpy() for file in files[i : i + batch]]
+        inputs = processor(
+            text=list(prompts[i : i + batch]), images=images, return_tensors="pt", padding=True,
+            truncation=True, max_length=length,
+        )  # fmt: skip
+        output = model(**inputs.to(device))
+        total += (output.image_embeds * output.text_embeds).sum().item()  # both have norm 1
+    return 100 * total / len(files)
+
+
+def hps_score(files: Sequence[Path], prompts: Sequence[str]) -> float:
+    """100 times the mean HPSv2.1, by the package hpsv2."""
+    require_package("hpsv2", "--hps")
+    import hpsv2
+
+    scores = []
+    with unittest.mock.patch.object(torch, "load", cache(torch.load)):  # it loads for each picture
+        for file, prompt in zip(files, prompts, strict=True):
+            scores += hpsv2.score(str(file), prompt, hps_version="v2.1")
+    return 100 * float(sum(scores)) / len(scores)
+
+
+def fid(files: Sequence[Path], reference: Path, weights: str | None, device: torch.device) -> float:
+    """Frechet distance of Inception features to the images of a folder, each cut to a square of
+    the size of the pictures."""
+    net = load_inception(weights, device)
+    side = min(read_image(files[0]).shape[:2])
+
+    def batches(paths: Sequence[Path]) -> Iterator[Tensor]:
+        for i in range(0, len(paths), 16):
+            yield torch.stack([square(read_image(path), side) for path in paths[i : i + 16]])
+
+    sets = [
+        moments(inception_features(net, batches(paths), device)[0])
+        for paths in (files, list_images(reference))
+    ]
+    return gaussian_distance(*sets[0], *sets[1])
+
+
+def clothes_metrics(files: Sequence[Path], prompts: Sequence[str]) -> dict[str, float]:
+    """Frechet distance of the small classifier to Fashion-MNIST (no FID), and, where every prompt
+    is "a photo of a ..." with a class's name, how many are recognised."""
+    pictures = torch.stack([read_image(file)[::4, ::4, 0] for file in files])
+    images = pictures[:, None] / 127.5 - 1
+    metrics = {"clothes_frechet_distance": fashion.frechet_distance(images)}
+    if set(prompts) <= set(TINY_PROMPTS):
+        labels = torch.tensor([TINY_PROMPTS.index(prompt) for prompt in prompts])
+        metrics["recognition_rate"] = fashion.recognition_rate(images, labels)
+    return metrics
+
+
+def measure(
+    settings: Settings, files: Sequence[Path], prompts: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, Any]]:
+    """Yields (name, value) of each metric, the cheap ones first; a text says why one is not run."""
+    s = settings
+    if s.tiny and s.model.endswith("qwen"):
+        yield from clothes_metrics(files, prompts).items()
+    if s.clip == "none" or (s.tiny and s.clip == Settings.clip):
+        yield "clip_score", "not run (--clip)"
+    else:
+        yield "clip_score", clip_score(files, prompts, s.clip, device)
+    if s.reference is None:
+        yield "fid", "not run (--reference)"
+    else:
+        yield "fid", fid(files, s.reference, s.inception, device)
+    yield "hpsv2.1", hps_score(files, prompts) if s.hps else "not run (--hps)"
+
+
+def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
+    """Draws and measures. Raises: ValueError if --out holds pictures of other settings."""
+    s, prompts = settings, read_set(settings)
+    if s.hps:
+        require_package("hpsv2", "--hps")
+    if s.reference is not None:
+        list_images(s.reference)
+    measured = {"clip", "hps", "reference", "inception", "out", "batch", "device"}
+    drawn = {k: v for k, v in dataclasses.asdict(s).items() if k not in measured}
+    drawn |= {"prompts": prompts, "seeds": [s.seed + i for i in range(len(prompts))]}
+    drawn = json.loads(json.dumps(drawn))  # tuples become lists
+    before = read_json(s.out / "drawn.json")
+    if before not in ({}, drawn):
+        differ = [key for key in drawn if before.get(key) != drawn[key]]
+        raise ValueError(f"--out {s.out} has pictures of other {', '.join(differ)}; choose another")
+    if here.rank == 0:
+        write_json(s.out / "drawn.json", drawn)
+    files = draw_missing(s, prompts, here)
+    metrics = {"model": s.model, "images": len(files)}
+    if here.rank == 0:
+        for name, value in measure(s, files, prompts, here.device):
+            metrics[name] = value
+            write_json(s.out / "metrics.json", metrics)
+            print(f"{name}: {value if isinstance(value, str) else format(value, '.3f')}")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command; see the top of the file."""
+    keep_freed_memory()
+    settings = parse(Settings, __doc__, argv)
+    with processes(settings.device) as here:
+        evaluate(settings, here)
+
+
+if __name__ == "__main__":
+    run_cli(main)
