@@ -86,7 +86,7 @@ def build_page(settings: Any, editing: dict[str, bool], load: Callable, draw: Ca
                     file_types=["image"], visible=editing[settings.model],
                 )  # fmt: skip
                 with gr.Row():
-                    label = "Network evaluations (0: as trained)"
+                    label = "Evaluations (0: as trained)"
                     nfe = gr.Slider(0, 32, settings.nfe or 0, step=1, label=label)
                     label = "Temperature (0: automatic)"
                     temperature = gr.Number(settings.temperature or 0, label=label, minimum=0)
@@ -105,7 +105,7 @@ def build_page(settings: Any, editing: dict[str, bool], load: Callable, draw: Ca
                 button = gr.Button("Draw", variant="primary")
             with gr.Column():
                 pictures = gr.HTML(label="Pictures")
-                show = gr.Checkbox(True, label="Show what each network evaluation expects")
+                show = gr.Checkbox(True, label="Show the x_0 that each network evaluation expects")
                 trajectory = gr.HTML(label="Trajectory")
                 status = gr.Textbox(label="Status", lines=2, interactive=False)
         private = {"api_visibility": "private"}
@@ -122,10 +122,9 @@ def trajectory_of(generate: Any, result: Any) -> str:
     thumbnails = []
     for estimate in result.estimates:
         (image,) = generate.decode(estimate[:1])
-        image.thumbnail((192, 192))
+        image.thumbnail((112, 112))
         thumbnails.append(image)
-    captions = [f"evaluation {i}, t = {t:.2f}" for i, t in enumerate(result.times, 1)]
-    return gallery(thumbnails, captions)
+    return gallery(thumbnails, [f"t = {t:.2f}" for t in result.times])
 
 
 def gallery(images: Sequence[Any], captions: Sequence[str]) -> str:
