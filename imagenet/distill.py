@@ -214,7 +214,9 @@ class Distillation:
         if s.bf16:
             self.teacher.bfloat16()
         self.compile = device.type == "cuda" if s.compile is None else s.compile
-        self.compile = self.compile and compiles(device)
+        probe = torch.zeros(2, device=device)
+        if self.compile and compiled(torch.sin, probe) is torch.sin:  # a warning has said why
+            self.compile = False
         if self.compile:
             for block in (*self.net.blocks, *self.teacher.blocks):
                 block.compile()
@@ -382,9 +384,10 @@ class FrechetEval:
         sums = torch.zeros(width + 1, width, device=device, dtype=torch.float64)
         shape = (self.net.channels, self.net.latent_size, self.net.latent_size)
         for part in torch.arange(count)[rank() :: world()].split(FID_BATCH):
-            draws = [torch.randn(shape, generator=seeded(i)) for i in part.tolist()]
+            seeds = [torch.Generator().manual_seed(i) for i in part.tolist()]
+            noise = torch.stack([torch.randn(shape, generator=seed) for seed in seeds])
             labels = part.to(self.device) % self.net.num_classes
-            x_0 = sample_images(torch.stack(draws).to(self.device), labels)
+            x_0 = sample_images(noise.to(self.device), labels)
             with frechet.full_precision():
                 features = self.features(self.decode(x_0)).to(device).double()
             sums[0] += features.sum(0)
@@ -392,20 +395,6 @@ class FrechetEval:
         sums = total(sums) / count
         covariance = (sums[1:] - torch.outer(sums[0], sums[0])) * count / (count - 1)
         return frechet.gaussian_distance(sums[0], covariance, *self.moments)
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, seeded."""
-    return torch.Generator().manual_seed(seed)
-
-
-def compiles(device: torch.device) -> bool:
-    """Whether torch.compile works here; a warning if not."""
-
-    def probe(x: Tensor) -> Tensor:
-        return x + 1
-
-    return compiled(probe, torch.zeros(2, device=device)) is not probe
 
 
 def run(s: Settings, place: Place) -> None:

@@ -372,11 +372,10 @@ def test_fid_while_training(monkeypatch):
     def decode(latents):
         return fashion.to_images(latents).clamp(-1, 1).repeat(1, 3, 1, 1) * torch.ones(3, 1, 1)
 
-    monkeypatch.setattr(frechet, "load_inception", lambda weights, device: inception)
     monkeypatch.setattr(distill, "load_decoder", lambda net, device: decode)
     mean, covariance = torch.tensor([1.0, 2.0, 1.5]).double(), torch.eye(3).double()
     reference = metrics.Reference(None, mean, covariance)
-    monkeypatch.setattr(metrics, "load_reference", lambda *given: reference)
+    monkeypatch.setattr(metrics, "open_reference", lambda *given: (inception, reference))
     s = distill.read_settings(flags("teacher", "out", fid_images=150, reference="some.npz"))
     net = dataclasses.replace(SMALL, decoder="some VAE")
     evaluation = distill.FrechetEval(s, net, CPU)
