@@ -1,7 +1,7 @@
 """Trains what `assets/` ships: a small flow model of Fashion-MNIST, a feature network to judge it.
 
     python -m assets.train_tiny_teacher               # 12000 iterations, under an hour on one core
-    python -m assets.train_tiny_teacher --iters 200 --work outputs/try --out outputs/try   # a look
+    python -m assets.train_tiny_teacher --iterations 200 --work outputs/try --out outputs/try
 
 Flow matching (x_t = (1 - t) x_0 + t eps, u = eps - x_0) on latents 4 x 14 x 14, with class labels,
 label dropout for guidance, and an exponential moving average of the weights. No flips: all shoes
@@ -12,11 +12,14 @@ is already in --out is kept, so that distances stay comparable.
 The data set: --data, else Debian's package dataset-fashion-mnist, else a download by torchvision.
 """
 
-import argparse
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m assets.train_tiny_teacher")
+
 import copy
 import gzip
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +28,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import fashion, frechet
-from common.cli import atomic, pick_device, run_cli
+from common.cli import DEVICE_HELP, parse, pick_device, run_cli, setting
+from common.files import writing
+from common.teachers import integrate_teacher
+from common.train import ema_decay
 from imagenet.checkpoints import save_dit
-from imagenet.distributed import ema_decay, update_ema
 from imagenet.dit import PRESETS, DiT, guided_teacher
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GUIDANCE, INTERVAL, STEPS = 2.5, (0.0, 0.8), 64  # of the samples that judge the teacher
 EMA_GAMMA = 15  # the average looks back over about 1/16 of the run so far
 LABEL_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of the script."""
+
+    data: Path | None = setting(None, "folder with the four Fashion-MNIST .gz files")
+    iterations: int = setting(12_000, "optimizer steps", low=1)
+    batch: int = setting(64, "images per optimizer step", low=1)
+    lr: float = setting(2e-3, "peak learning rate: linear warm-up, then a cosine", above=0)
+    seed: int = setting(0, "seed of weights and batches", low=0)
+    every: int = setting(500, "iterations between checkpoints", low=1)
+    epochs: int = setting(4, "epochs of the feature network", low=1)
+    judged: int = setting(2000, "samples that are judged at the end", low=10)
+    compile: bool = setting(False, "torch.compile: a tenth faster on a CPU")
+    device: str = setting("cpu", DEVICE_HELP)
+    work: Path = setting(Path("outputs/tiny_teacher"), "folder for checkpoints and pictures")
+    out: Path = setting(fashion.ASSETS, "folder for the two files")
 
 
 def load_data(folder: Path | None, train: bool) -> tuple[Tensor, Tensor]:
@@ -108,13 +131,10 @@ def draw_samples(net: DiT, labels: Tensor, seed: int = 0) -> Tensor:
     """Labels (B,) on the network's device -> images (B, 1, 28, 28), by guided Euler steps."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(labels), 4, 14, 14, generator=generator).to(labels.device)
-    times = torch.linspace(1, 0, STEPS + 1, device=labels.device)
     images = []
     for x, label in zip(noise.split(250), labels.split(250), strict=True):
         teacher = guided_teacher(net, label, GUIDANCE, INTERVAL)
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
-            x = x + (t_next - t) * teacher(x, t.expand(len(x)))
-        images.append(fashion.to_images(x))
+        images.append(fashion.to_images(integrate_teacher(teacher, x, STEPS)))
     return torch.cat(images).clamp(-1, 1)
 
 
@@ -126,101 +146,85 @@ def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
         images[:, 0].cpu().unflatten(0, (-1, columns)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
     )
     pixels = (grid * 127.5 + 127.5).round().to(torch.uint8).numpy()
-    with atomic(path) as temporary:
+    with writing(path) as temporary:
         Image.fromarray(pixels).resize((2 * grid.shape[1], 2 * grid.shape[0])).save(temporary)
 
 
-def train_teacher(args: argparse.Namespace, latents: Tensor, labels: Tensor) -> DiT:
+def train_teacher(settings: Settings, latents: Tensor, labels: Tensor) -> DiT:
     """Flow matching; returns the averaged network."""
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
+    device = pick_device(settings.device)
+    torch.manual_seed(settings.seed)
     net = DiT(PRESETS["tiny"]).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    start, before, resume = 0, 0.0, args.work / "resume.pt"
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    start, before, resume = 0, 0.0, settings.work / "resume.pt"
     if resume.is_file():
         state = torch.load(resume, map_location=device, weights_only=True)
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, before = state["step"], state["seconds"]
-    forward = torch.compile(net) if args.compile else net
+    forward = torch.compile(net) if settings.compile else net
     began, losses = time.monotonic(), []
 
-    for step in range(start, args.iters):
-        rate = min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / args.iters))
-        optimizer.param_groups[0]["lr"] = args.lr * rate
+    for step in range(start, settings.iterations):
+        rate = min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
+        optimizer.param_groups[0]["lr"] = settings.lr * rate
         x, t, label, target = (
-            value.to(device) for value in draw_batch(latents, labels, args.batch, args.seed, step)
+            value.to(device)
+            for value in draw_batch(latents, labels, settings.batch, settings.seed, step)
         )
         loss = F.mse_loss(forward(x, t, label), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        update_ema(ema, net, ema_decay(step + 1, gamma=EMA_GAMMA))
+        decay = ema_decay(step + 1, gamma=EMA_GAMMA)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
         losses.append(loss.detach())
 
-        if (step + 1) % args.every == 0 or step + 1 == args.iters:
+        if (step + 1) % settings.every == 0 or step + 1 == settings.iterations:
             seconds = before + time.monotonic() - began
             mean = torch.stack(losses).mean().item()
             losses = []
-            print(f"{step + 1:6d}/{args.iters}  loss {mean:.4f}  {seconds:6.0f} s", flush=True)
-            with atomic(resume) as temporary:
+            print(
+                f"{step + 1:6d}/{settings.iterations}  loss {mean:.4f}  {seconds:6.0f} s",
+                flush=True,
+            )
+            with writing(resume) as temporary:
                 torch.save(
                     {"net": net.state_dict(), "ema": ema.state_dict(), "step": step + 1,
                      "optimizer": optimizer.state_dict(), "seconds": seconds},
                     temporary,
                 )  # fmt: skip
-            save_dit(ema, args.work / f"ema_{step + 1:06d}.safetensors", torch.float16)
+            save_dit(ema, settings.work / f"ema_{step + 1:06d}.safetensors", torch.float16)
     return ema
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains and judges; see the top of the file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="folder with the four Fashion-MNIST .gz files")
-    parser.add_argument("--iters", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument(
-        "--lr", type=float, default=2e-3, help="peak; linear warm-up, then a cosine"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=500, help="iterations between checkpoints")
-    parser.add_argument("--epochs", type=int, default=4, help="of the feature network")
-    parser.add_argument(
-        "--evaluate", type=int, default=2000, help="samples that are judged at the end"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile: 10%% faster on a CPU"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--work", type=Path, default=Path("outputs/tiny_teacher"))
-    parser.add_argument("--out", type=Path, default=fashion.ASSETS, help="the two files go here")
-    args = parser.parse_args(argv)
-    for name in ("iters", "batch", "every", "epochs", "evaluate", "lr"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be positive")
-    pick_device(args.device)
-    args.work.mkdir(parents=True, exist_ok=True)
-    images, labels = load_data(args.data, train=True)
+    settings = parse(Settings, __doc__, argv)
+    images, labels = load_data(settings.data, train=True)
 
-    features = args.out / fashion.FEATURES.name
+    features = settings.out / fashion.FEATURES.name
     if not features.is_file():
         from safetensors.torch import save_file
 
-        state = train_features(images, labels, load_data(args.data, train=False), args.epochs)
-        with atomic(features) as temporary:
+        state = train_features(
+            images, labels, load_data(settings.data, train=False), settings.epochs
+        )
+        with writing(features) as temporary:
             save_file(state, temporary)
 
-    net = train_teacher(args, fashion.to_latents(images), labels).eval()
-    save_dit(net, args.out / fashion.TEACHER.name, torch.float16)
+    net = train_teacher(settings, fashion.to_latents(images), labels).eval()
+    save_dit(net, settings.out / fashion.TEACHER.name, torch.float16)
     device = next(net.parameters()).device
-    labels = (torch.arange(args.evaluate) % 10).to(device)
+    labels = (torch.arange(settings.judged) % 10).to(device)
     samples = draw_samples(net, labels)
-    save_grid(samples[: min(80, len(samples) // 10 * 10)], args.work / "samples.png")
+    save_grid(samples[: min(80, len(samples) // 10 * 10)], settings.work / "samples.png")
     judge = fashion.load_features(features, device)
     print(
         f"{len(samples)} samples, guidance {GUIDANCE} on t <= {INTERVAL[1]}, {STEPS} Euler steps:"

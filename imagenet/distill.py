@@ -194,17 +194,21 @@ def read_settings(
 # ---- The task ------------------------------------------------------------------------------------
 
 
+def load_teacher(s: Settings, device: torch.device) -> DiT:
+    """The teacher that the settings name."""
+    source = TEACHERS.get(s.teacher, Source(s.teacher))
+    time_scale = s.time_scale or source.time_scale
+    options = {"device": device, "head": "velocity", "flip_time": s.flip_time}
+    return load_dit(source.path, s.num_heads, time_scale, **options)
+
+
 class Distillation:
     """The task of common/train.py: a DiT student that imitates a DiT teacher."""
 
-    def __init__(self, s: Settings, device: torch.device):
+    def __init__(self, s: Settings, device: torch.device, teacher: DiT | None = None):
         self.s, self.device = s, device
         torch.manual_seed(s.seed)
-        source = TEACHERS.get(s.teacher, Source(s.teacher))
-        time_scale = s.time_scale or source.time_scale
-        options = {"device": device, "head": "velocity", "flip_time": s.flip_time}
-        self.teacher = load_dit(source.path, s.num_heads, time_scale, **options)
-        self.teacher.requires_grad_(False)
+        self.teacher = (teacher or load_teacher(s, device)).requires_grad_(False)
         generator = torch.Generator().manual_seed(s.seed)
         self.net = init_student_from_teacher(
             self.teacher, s.policy, s.components, generator=generator

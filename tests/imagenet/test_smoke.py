@@ -1,41 +1,53 @@
-"""imagenet.smoke: the tiny network on a CPU; the arithmetic of its projections."""
+"""imagenet.smoke: the tiny network on a CPU; the arithmetic of its projections and of memory."""
 
-import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from imagenet import distill, smoke
+from imagenet.dit import PRESETS, DiT
 
 
-def test_smoke_on_a_cpu(capsys, monkeypatch):
-    """XL/2's settings are asked for; it says what it runs instead, and prints every phase."""
-    monkeypatch.setattr(smoke, "NETWORKS", dict(smoke.NETWORKS))
+def test_smoke_on_a_cpu(capsys, monkeypatch, tmp_path):
+    """XL/2's settings are given; it says what it runs instead, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
     smoke.main(["--device", "cpu", "--preset", "gm-repa-2nfe"])
     text = capsys.readouterr().out
     assert text.startswith("No GPU: this is the tiny network on cpu, not XL/2.")
-    assert "tiny network, gmflow 16, nfe 2, micro-batch 32" in text
-    times = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
-    for phase in (*smoke.PHASES, *smoke.ONCE):
-        assert float(times[phase][0]) >= 0
-    assert float(times["backward"][0]) > 0 and float(times["tiny"][2]) > 0
-    assert "gm-repa-1nfe" not in times  # another network: not projected
-
-
-def test_inner_phases_do_not_count_twice():
-    clock = smoke.Clock(torch.device("cpu"))
-    with clock("outer"):
-        with clock("inner"):
-            time.sleep(0.2)
-    assert clock.seconds["inner"] >= 0.2 and clock.seconds["outer"] < clock.seconds["inner"]
+    assert "network tiny, gmflow 16, nfe 1, micro-batch 16, torch.compile off" in text
+    values = {line[:19].strip(): line[19:].split() for line in text.splitlines()}
+    assert float(values["micro-batch"][0]) > 0 and float(values["optimizer step"][0]) > 0
+    assert "tiny-2nfe" in values and "gm-repa-1nfe" not in values  # another network
+    assert not list(tmp_path.iterdir())
 
 
 def test_projection():
-    """512 samples for each of 8 GPUs, 128 at once; drawing is hidden unless it is slower."""
-    seconds = dict.fromkeys(smoke.PHASES, 0.1) | {"optimizer": 0.05, "communication": 0.03}
-    config = distill.PRESETS["gm-repa-1nfe"]
-    assert smoke.step_seconds(seconds, 128, config, 8) == pytest.approx(4 * 0.4 + 0.08)
-    two = distill.PRESETS["gm-repa-2nfe"]  # data-free: two segments per sample
-    assert smoke.step_seconds(seconds, 128, two, 8) == pytest.approx(8 * 0.4 + 0.08)
-    seconds["draw"] = 2.0
-    assert smoke.step_seconds(seconds, 128, config, 8) == pytest.approx(8.0)
+    """512 samples for each of 8 GPUs, 64 at once, twice for the two segments of a data-free run."""
+    measured = smoke.Measured(micro_batch=0.5, step=0.08, gib=0.0)
+    one, two = distill.PRESETS["gm-repa-1nfe"], distill.PRESETS["gm-repa-2nfe"]
+    steps = {"gm-repa-1nfe": 8 * 0.5 + 0.08, "gm-repa-2nfe": 16 * 0.5 + 0.08}
+    for name, step in steps.items():
+        s = distill.PRESETS[name]
+        assert smoke.hours(s, measured, one, 8) == pytest.approx(step * s.iterations / 3600)
+    cached = replace(two, latents="latents")
+    step = steps["gm-repa-1nfe"]
+    assert smoke.hours(cached, measured, one, 8) == pytest.approx(step * 24_000 / 3600)
+    # measured with two segments: half of it is one segment's
+    assert smoke.hours(one, measured, two, 8) == pytest.approx(
+        (4 * 0.5 + 0.08) * one.iterations / 3600
+    )
+
+
+def test_memory_formula():
+    """XL/2, 676M parameters: 12.6 GiB of student and 1.3 of teacher; --shard splits the former."""
+    s = replace(distill.PRESETS["gm-repa-1nfe"], micro_batch=1)
+    with torch.device("meta"):
+        net = DiT(replace(PRESETS["xl2"], head="gmflow", components=32))
+    alone = smoke.memory_formula(s, net)
+    assert 13.5 < alone < 14.5
+    split = smoke.memory_formula(replace(s, shard=True), net, world=8)
+    assert alone - split == pytest.approx(12.6 * 7 / 8, rel=0.03)
+    more = smoke.memory_formula(replace(s, micro_batch=65), net) - alone
+    plain = smoke.memory_formula(replace(s, micro_batch=65, checkpointing=False), net)
+    assert 1 < more < 4 and plain - alone > 10 * more
