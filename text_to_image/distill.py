@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import keep_freed_memory, parse, run_cli, setting
-from common.files import join, writing
+from common.files import join, list_files, writing
 from common.plots import image_rows
 from common.processes import Place, from_first, processes, rank
 from common.teachers import endpoint_rmse, integrate_teacher
@@ -293,6 +293,8 @@ def prepare(s: Settings, place: Place) -> Distillation:
         net = pipe.transformer
     elif s.prompts is None:
         raise ValueError("--prompts is missing: a folder of text_to_image.cache_prompts")
+    elif not list_files(s.prompts, "shard_"):
+        raise ValueError(f"--prompts {s.prompts}: no shards; see text_to_image.cache_prompts")
     else:
         folder, net = s.prompts, loading.empty_components(family, s.base)["transformer"]
     base = "tiny" if s.tiny else s.base or family.repo
