@@ -96,8 +96,11 @@ def parse(
     )  # fmt: skip
     if presets:
         first = _Parser(add_help=False, allow_abbrev=False)
-        first.add_argument(_flag(by), default=fields[by].default if by in fields else None)
-        chosen = getattr(first.parse_known_args(argv)[0], by) or next(iter(presets))
+        if by in fields:
+            _add(first, fields[by], hints[by], fields[by].default)
+        else:
+            first.add_argument(_flag(by), default=next(iter(presets)))
+        chosen = getattr(first.parse_known_args(argv)[0], by)
         if chosen in presets:
             defaults = {name: getattr(presets[chosen], name) for name in fields}
         elif by not in fields:

@@ -83,6 +83,9 @@ def test_presets_are_defaults_that_flags_override():
     by_field = {"gmflow": Settings("a", lr=0.5), "dx": Settings("a", policy="dx", lr=0.7)}
     found = parse(Settings, "About.", ["net", "--policy", "dx"], by_field, by="policy")
     assert (found.policy, found.lr) == ("dx", 0.7)
+    by_switch = {False: Settings("a", lr=0.5), True: Settings("a", fast=True, lr=0.7)}
+    for argv, lr in ((["net", "--fast", "--iterations", "3"], 0.7), (["net"], 0.5)):
+        assert parse(Settings, "About.", argv, by_switch, by="fast").lr == lr
 
 
 def test_help_states_defaults_and_choices(capsys):
