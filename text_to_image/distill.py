@@ -20,6 +20,9 @@ adapter/ (the moving average, in the published layout), checkpoints/ (what is tr
 (student above teacher, for the same noise).
 """
 
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m text_to_image.distill")
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -48,9 +51,6 @@ from text_to_image.student import (
     shard,
 )  # fmt: skip
 from text_to_image.tiny import GUIDANCE, SIDE, demo_pipeline
-
-if not __package__:
-    raise SystemExit("start it in the repository's root: python -m text_to_image.distill")
 
 SIZES = (  # around one megapixel
     (1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344), (1344, 768)
