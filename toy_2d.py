@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from common import plots
-from common.cli import atomic, one_thread, parse, pick_device, run_cli, setting, write_json
+from common.cli import DEVICE_HELP, MAX_SEED, one_thread, parse, pick_device, run_cli, setting
+from common.files import write_json, writing
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import (
     EPS,
@@ -175,7 +176,8 @@ class PolicyKind(NamedTuple):
 
 
 def _gmflow(velocities, others, x_src, t_src, segment_size) -> GMFlowPolicy:
-    logweights, logstds = others[:, :-1, None], math.log(0.3) + others[:, -1].view(-1, 1, 1)
+    logweights = others[:, :-1, None]
+    logstds = math.log(0.3) + others[:, -1].view(-1, 1, 1)
     return GMFlowPolicy(GaussianMixture(velocities, logstds, logweights), x_src, t_src)
 
 
@@ -198,10 +200,10 @@ class Student(nn.Module):
     The network outputs points x_0 of the plane, policies take velocities (x_src - x_0) / t_src.
     Outputs that ignore x_src are then already a sensible start: a fixed mixture over the plane.
 
-    Args: policy: a name in POLICIES; components: n, 0 for the default there; nfe: equal segments.
+    Args: policy: a name in POLICIES; components: n, by default the one there; nfe: equal segments.
     """
 
-    def __init__(self, policy="gmflow", components=0, nfe=1, width=256, depth=3, frequencies=64):
+    def __init__(self, policy="gmflow", components=None, nfe=1, width=256, depth=3, frequencies=64):
         super().__init__()
         self.kind = POLICIES[policy]
         n = components or self.kind.components
@@ -218,10 +220,12 @@ class Student(nn.Module):
 
     def forward(self, x_src: Tensor, t_src: Tensor) -> Policy:
         """x_src: (B, 2), t_src: (B,) in (0, 1]. -> a policy of this kind."""
-        n, inputs = self.config["components"], torch.cat([x_src, t_src[:, None]], 1)
+        n = self.config["components"]
+        inputs = torch.cat([x_src, t_src[:, None]], 1)
         waves = inputs @ self.frequencies
         output = self.head(self.body(torch.cat([inputs, waves.sin(), waves.cos()], 1)))
-        x_0, others = output[:, : 2 * n].unflatten(1, (n, 2)), output[:, 2 * n :]
+        x_0 = output[:, : 2 * n].unflatten(1, (n, 2))
+        others = output[:, 2 * n :]
         velocities = (x_src[:, None] - x_0) / t_src[:, None, None]  #             (B, n, 2)
         return self.kind.make(velocities, others, x_src, t_src, 1 / self.config["nfe"])
 
@@ -243,18 +247,20 @@ class Settings:
 
     density: str = setting("checkerboard", "density of the data", choices=DENSITIES)
     policy: str = setting("gmflow", "kind of policy", choices=POLICIES)
-    components: int = setting(0, "K of a GMFlow, N of a DX policy; 0: 64 and 20", low=0)
+    components: int | None = setting(None, "K of GMFlow (64) or N of DX (20)", low=1)
     nfe: int = setting(1, "network evaluations, one segment of time each", low=1)
     data_free: bool = setting(False, "training from noise through all segments (Algorithm 3)")
     iterations: int = setting(2000, "optimizer steps", low=1)
     batch: int = setting(128, "points per iteration and segment", low=1)
     lr: float = setting(3e-3, "peak learning rate of Adam", above=0)
     num_intermediates: int = setting(2, "queries per point and segment", low=1)
-    total_substeps: int = setting(0, "substeps from t = 1 to 0; 0: 10 for each segment", low=0)
-    solver: str = setting("", "solver of the rollout: euler, deis, exact; empty: by policy")
-    points: int = setting(10_000, "points of the metrics", low=100)
-    seed: int = setting(0, "seed of weights, draws and noise", low=0)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    total_substeps: int | None = setting(None, "substeps from t = 1 to 0 (10 a segment)", low=1)
+    solver: str | None = setting(
+        None, "solver of the rollout (deis, for DX exact)", choices=("euler", "deis", "exact")
+    )
+    points: int = setting(10_000, "points of the metrics: all pairs", low=100, high=50_000)
+    seed: int = setting(0, "seed of weights, draws and noise", low=0, high=MAX_SEED)
+    device: str = setting("auto", DEVICE_HELP)
     out: Path = setting(Path("outputs/toy_2d"), "folder for the results")
 
 
@@ -272,46 +278,55 @@ def train(density, settings: Settings, callback: Callable | None = None) -> Stud
     noise through all segments (Algorithm 3). For nfe = 1 both are the same and no data is drawn.
     callback: called with (iteration, PiIDLoss of the last segment).
     """
-    s, teacher = settings, density.velocity
+    s = settings
     torch.manual_seed(s.seed)
     generator = torch.Generator().manual_seed(s.seed)  # on the CPU: the same draws on every device
     student = Student(s.policy, s.components, s.nfe).to(s.device)
-    ema, kind = copy.deepcopy(student).requires_grad_(False), student.kind
-    weights, averaged = list(student.parameters()), list(ema.parameters())
+    ema = copy.deepcopy(student).requires_grad_(False)
+    weights = list(student.parameters())
     adam = torch.optim.Adam(weights, betas=(0.9, 0.99), fused=True)
-    solver, substeps = s.solver or kind.solver, s.total_substeps or 10 * s.nfe
-    last_substep = 0.0 if solver == "exact" else 1 / math.ceil(substeps / s.nfe)
-    grid = 1.5 if solver == "deis" else 1.0  #  its substeps are uniform in t^(1/grid)
+    solver = s.solver or student.kind.solver
+    substeps = s.total_substeps or 10 * s.nfe
     options = {"num_intermediates": s.num_intermediates, "total_substeps": substeps}
     options |= {"solver": solver, "batch_teacher": True, "generator": generator}
     from_noise = s.data_free or s.nfe == 1
     batch = s.batch if from_noise else s.batch * s.nfe  #  where a point is in one segment only
 
     for i in range(s.iterations):
-        # Queries where the solver evaluates a policy: not within the last substep, and uniform in
-        # the coordinate in which its substeps are.
-        left = 1 - (1 - last_substep) * stratified((batch, s.num_intermediates), generator)
-        options["uniforms"] = 1 - left**grid, left[:, 1:]
+        options["uniforms"] = query_times(batch, s, solver, substeps, generator)
         if from_noise:
             noise = torch.randn(batch, 2, generator=generator).to(s.device)
-            segments = pi_id_data_free(student, teacher, noise, s.nfe, **options)
+            segments = pi_id_data_free(student, density.velocity, noise, s.nfe, **options)
         else:
             x_0 = density.sample(batch, generator)
-            segments = [(1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **options))]
+            out = pi_id_data_dependent(student, density.velocity, x_0, s.nfe, **options)
+            segments = [(1.0, out)]
 
         adam.zero_grad()
         for segment_size, out in segments:
-            (segment_size * out.weighted(kind.t_power)).backward()
+            (segment_size * out.weighted(student.kind.t_power)).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         done = i / s.iterations  #  warm-up over the first fiftieth, then a cosine to 0
         schedule = min(1.0, 50 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2
         adam.param_groups[0]["lr"] = s.lr * schedule
         adam.step()
         decay = (1 - 1 / (i + 1)) ** 8  #  power EMA: averages over the last ninth, whatever i
-        torch._foreach_lerp_(averaged, [w.detach() for w in weights], 1 - decay)
+        torch._foreach_lerp_([*ema.parameters()], [w.detach() for w in weights], 1 - decay)
         if callback:
             callback(i, out)
     return ema.eval()
+
+
+def query_times(batch, settings: Settings, solver: str, substeps: int, generator) -> tuple:
+    """Where the loss queries the teacher: argument `uniforms` of `pi_id_loss`.
+
+    Where the solver evaluates a policy: not within the last substep, and uniform in the coordinate
+    in which its substeps are.
+    """
+    last_substep = 0.0 if solver == "exact" else 1 / math.ceil(substeps / settings.nfe)
+    grid = 1.5 if solver == "deis" else 1.0  #  substeps are uniform in t^(1/grid)
+    left = 1 - (1 - last_substep) * stratified((batch, settings.num_intermediates), generator)
+    return 1 - left**grid, left[:, 1:]
 
 
 # ==== Metrics =====================================================================================
@@ -319,8 +334,8 @@ def train(density, settings: Settings, callback: Callable | None = None) -> Stud
 STEPS = 64  # of Heun's method, for the teacher: nearer to the converged ODE than 512 Euler steps
 
 
-def student_sample(student: Student, noise: Tensor, nfe: int = 0, **options) -> Tensor:
-    """The student's x_0 for noise (N, 2). nfe: 0 for as trained; options: of `sample`."""
+def student_sample(student: Student, noise: Tensor, nfe: int | None = None, **options) -> Tensor:
+    """The student's x_0 for noise (N, 2). nfe: by default as trained; options: of `sample`."""
     options = {"solver": student.kind.solver} | options
     return sample(student, noise, nfe or student.config["nfe"], **options)
 
@@ -391,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     student = train(density, s, progress)
     seconds = round(time.perf_counter() - start, 1)
-    with atomic(s.out / "student.pt") as temporary:
+    with writing(s.out / "student.pt") as temporary:
         torch.save({"config": student.config, "state": student.state_dict()}, temporary)
 
     teacher, generator = density.velocity, torch.Generator().manual_seed(s.seed + 1)

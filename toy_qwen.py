@@ -5,9 +5,10 @@
     python toy_qwen.py --tiny --prompt "a dark coat"            # a small model of clothes: offline
 
 The same as toy_dit_imagenet.py with another teacher: Qwen-Image (20 billion parameters) with
-classifier-free guidance, one prompt, one noise. The defaults are the published ones: K = 32, 5000
-iterations, Adam 5e-3, 2 intermediates, guidance 4, shift 3.2, 1360 x 768, plain loss, 128 Euler
-substeps. What surrounds the training loop is in common/static_policy.py.
+classifier-free guidance, one prompt, one noise. The defaults are published: K = 32, 5000
+iterations, Adam 5e-3, 2 intermediates, guidance 4, unconditional prompt "", shift 3.2, 1360 x 768,
+plain loss, 128 Euler substeps, a bf16 teacher; but for the rate: published is a constant one
+(--lr-decay none). The fit is in common/static_policy.py.
 
 The text encoder (7 billion parameters) is loaded first and freed before the transformer is loaded;
 --prompt-cache keeps the prompt embeddings in a file, so that it is needed only once. --tiny takes a
@@ -24,17 +25,10 @@ import torch
 from torch import Tensor
 
 import text_to_image.families as dm
-from common.cli import atomic, parse, pick_device, run_cli, setting
-from common.static_policy import (
-    Monitor,
-    StaticPolicy,
-    TeacherPath,
-    ToySettings,
-    query_times,
-    run_toy,
-)
+from common.cli import keep_freed_memory, parse, pick_device, run_cli, setting
+from common.files import writing
+from common.static_policy import ToySettings, run_toy
 from common.teachers import guided_velocity
-from piflow_minimal import Teacher, pi_id_loss
 from text_to_image import loading
 from text_to_image.tiny import GUIDANCE, SIDE, fashion_pipeline
 
@@ -85,38 +79,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def fit(
-    static: StaticPolicy, teacher: Teacher, reference: Tensor, settings: ToySettings,
-    generator: torch.Generator, monitor: Monitor,
-) -> None:  # fmt: skip
-    """Cloning on the teacher's trajectory, then pi-ID on the policy's own (Algorithm 1)."""
-    path = TeacherPath(teacher, reference, static.shift) if settings.cloning else None
-    for i in range(settings.cloning + settings.iterations):
-        if i in (0, settings.cloning):  # each phase has an optimizer and a cosine of its own
-            cloning = i < settings.cloning
-            lr = settings.cloning_lr if cloning else settings.lr
-            steps = settings.cloning if cloning else settings.iterations
-            optimizer = torch.optim.Adam(static.parameters(), lr)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        if cloning:
-            loss = path.loss(static(), settings, generator)
-        else:  # rollout of the detached policy from the noise; the teacher at a few times of it
-            out = pi_id_loss(
-                static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
-                num_intermediates=settings.num_intermediates, generator=generator,
-                batch_teacher=settings.batch_teacher,
-                uniforms=query_times(len(static.x_src), settings, generator), **settings.rollout,
-            )  # fmt: skip
-            loss = out.weighted(settings.time_weight)
-        optimizer.zero_grad()
-        loss.backward()
-        for parameter in static.parameters():  # at t < 1e-6 a derivative may overflow
-            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
-        optimizer.step()
-        schedule.step()
-        monitor(i, loss.detach(), static)
-
-
 def encode(pipe: Any, prompts: Sequence[str]) -> list[dm.Conditions]:
     """Prompt and negative prompt, each on its own: no padding, no mask."""
     return [QWEN.encode_prompts(pipe, [prompt]) for prompt in prompts]
@@ -127,7 +89,7 @@ def save_prompts(path: Path, prompts: Sequence[str], encoded: Sequence[dm.Condit
     from safetensors.torch import save_file
 
     tensors = {str(i): part.embeds.cpu().contiguous() for i, part in enumerate(encoded)}
-    with atomic(path) as temporary:
+    with writing(path) as temporary:
         save_file(tensors, temporary, metadata={str(i): text for i, text in enumerate(prompts)})
 
 
@@ -213,6 +175,7 @@ def load_teacher(settings: Settings, device: torch.device) -> tuple[Any, list[dm
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: fits, then writes metrics and figures into a folder."""
+    keep_freed_memory()
     settings = parse(Settings, __doc__, argv, PRESETS, by="tiny")
     device = pick_device(settings.device)
     if settings.offload != "none" and device.type == "cpu":
@@ -228,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return QWEN.decode(pipe, x)
 
     name = settings.prompt if settings.tiny else settings.base or QWEN.repo
-    run_toy(fit, teacher, x_src, decode, settings, name, SHIFT)
+    run_toy(teacher, x_src, decode, settings, name, SHIFT)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ Two phases. Cloning compares with the teacher on the teacher's own trajectory: w
 its stored states are all that there is to know. pi-ID compares on the trajectory of the policy.
 Alone it may settle elsewhere: where the teacher's flow amplifies early errors, the policy's own
 states lead to another picture, and there the teacher confirms it. --cloning 0 shows that.
-
-The training loop, `fit`, stands in each toy. Everything around it is here: settings, evaluation,
-one run, a sweep over the policy's size. The figures are in common/plots.py.
 """
 
 import dataclasses
@@ -25,7 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import plots
-from common.cli import DEVICE_HELP, atomic, check_settings, setting, write_json
+from common.cli import DEVICE_HELP, MAX_SEED, check_settings, setting
+from common.files import write_json, writing
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import (
     DXPolicy,
@@ -33,13 +31,12 @@ from piflow_minimal import (
     GMFlowPolicy,
     Policy,
     Teacher,
+    pi_id_loss,
     rollout,
     shift_time,
 )
 
 Decode = Callable[[Tensor], Tensor]  # latents (B, C, *) -> images (B, 1 or 3, H, W) in [-1, 1]
-Monitor = Callable[[int, Tensor, "StaticPolicy"], None]  # (iteration, loss, static)
-Fit = Callable[["StaticPolicy", Teacher, Tensor, "ToySettings", torch.Generator, Monitor], None]
 
 SIZES = {"gmflow": (1, 2, 4, 8, 16, 32), "dx": (2, 4, 8, 16, 32, 64)}  # K and N of the sweep
 INTERVALS = 32  # of raw time, at whose ends trajectories are compared
@@ -56,7 +53,8 @@ class ToySettings:
     )
     cloning_lr: float = setting(5e-2, "as --lr, of the cloning", above=0)
     iterations: int = setting(5000, "optimizer steps of pi-ID", low=1)
-    lr: float = setting(5e-3, "Adam learning rate, decays to 0 along a cosine", above=0)
+    lr: float = setting(5e-3, "Adam learning rate", above=0)
+    lr_decay: str = setting("cosine", "to 0; published: none", choices=("none", "cosine"))
     num_intermediates: int = setting(2, "teacher queries per iteration", low=1)
     total_substeps: int = setting(128, "substeps of the GMFlow policy rollout", low=1)
     solver: str = setting(
@@ -70,9 +68,8 @@ class ToySettings:
     teacher_steps: int = setting(
         512, f"Heun steps of the reference, a multiple of {INTERVALS}", low=1
     )
-    seed: int = setting(42, "seed of the noise and of the training", low=0)
+    seed: int = setting(42, "seed of the noise and of the training", low=0, high=MAX_SEED)
     sweep: bool = setting(False, "one run per policy size, in place of one run")
-    picture_every: int = setting(0, "iterations between two progress.png; 0: none", low=0)
     device: str = setting("auto", DEVICE_HELP)
     out: Path = setting(Path("outputs/toy"), "folder for figures and metrics")
 
@@ -83,8 +80,6 @@ class ToySettings:
             raise ValueError(
                 f"--teacher-steps is {self.teacher_steps}; it must be a multiple of {INTERVALS}"
             )
-        if self.sweep and self.picture_every:
-            raise ValueError("--picture-every is for one run; leave it out with --sweep")
         if self.sweep and self.policy == "dx":
             raise ValueError("--policy dx is for one run; --sweep fits both policies")
         if self.out.exists() and not self.out.is_dir():
@@ -115,7 +110,9 @@ class StaticPolicy(nn.Module):
         shift: float = 1.0, generator: torch.Generator | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.policy, self.x_src, self.shift = policy, x_src, shift
+        self.policy = policy
+        self.x_src = x_src
+        self.shift = shift
         velocities = u_src[:, None].repeat_interleave(components, dim=1)  #        (B, K, C, *)
         if policy == "gmflow":
             spread = torch.randn(velocities.shape, generator=generator).to(velocities)
@@ -132,15 +129,12 @@ class StaticPolicy(nn.Module):
         return GMFlowPolicy(mixture, self.x_src, 1.0)
 
 
-def query_times(
-    batch: int, settings: ToySettings, generator: torch.Generator
-) -> tuple[Tensor, Tensor] | None:
-    """Argument `uniforms` of `pi_id_loss`: one in each M-th of [0, 1), or None: independent."""
-    M = settings.num_intermediates
-    if not settings.stratified:
-        return None
-    times = (torch.arange(M) + torch.rand(batch, M, generator=generator)) / M  #   (B, M)
-    return times, times[:, 1:]
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def stratified(batch: int, M: int, generator: torch.Generator) -> Tensor:
+    """Uniform draws in [0, 1), one in each M-th. -> (batch, M)."""
+    return (torch.arange(M) + torch.rand(batch, M, generator=generator)) / M
 
 
 class TeacherPath:
@@ -158,8 +152,11 @@ class TeacherPath:
 
     def at(self, place: float) -> tuple[Tensor, Tensor, Tensor]:
         """-> x (B, C, *), t (B,), u (B, C, *) at place in [0, INTERVALS), counted from t = 1."""
-        i, a = int(place), place % 1
-        (t, t_end), (x, x_end), (u, u_end) = (part[i : i + 2] for part in (self.t, self.x, self.u))
+        i = int(place)
+        a = place % 1
+        x, x_end = self.x[i : i + 2]
+        u, u_end = self.u[i : i + 2]
+        t, t_end = self.t[i : i + 2]
         h = t_end - t  # Hermite: both states and both velocities
         move = x_end - x
         here = x + a * a * (3 - 2 * a) * move + h * a * (1 - a) * ((1 - a) * u - a * u_end)
@@ -168,13 +165,57 @@ class TeacherPath:
 
     def loss(self, policy: Policy, settings: ToySettings, generator: torch.Generator) -> Tensor:
         """Mean squared error at one place in each M-th of the path, weighted as in pi-ID."""
-        M, losses = settings.num_intermediates, []
-        places = (torch.arange(M) + torch.rand(M, generator=generator)) / M
-        for place in (places.clamp(max=1 - 1e-6) * (len(self.x) - 1)).tolist():
+        losses = []
+        places = stratified(1, settings.num_intermediates, generator)[0].clamp(max=1 - 1e-6)
+        for place in (places * (len(self.x) - 1)).tolist():
             x, t, u = self.at(place)
             error = (policy.velocity(x, t) - u).square().flatten(1).mean(1)
             losses.append((error * t**settings.time_weight).mean())
         return torch.stack(losses).mean()
+
+
+def fit(
+    static: StaticPolicy, teacher: Teacher, reference: Tensor, settings: ToySettings,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Cloning on the teacher's trajectory, then pi-ID on the policy's own (Algorithm 1).
+
+    Each phase has an Adam and a schedule of its own. -> the losses, (cloning + iterations,).
+    """
+    s = settings
+    path = TeacherPath(teacher, reference, static.shift) if s.cloning else None
+    bar = tqdm(total=s.cloning + s.iterations, desc=f"{s.policy} {s.components}", mininterval=1.0)
+    losses = []
+    for steps, lr, cloning in ((s.cloning, s.cloning_lr, True), (s.iterations, s.lr, False)):
+        optimizer = torch.optim.Adam(static.parameters(), lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        for i in range(steps):
+            if cloning:
+                loss = path.loss(static(), s, generator)
+            else:  # rollout of the detached policy from the noise; the teacher at M times of it
+                uniforms = None
+                if s.stratified:
+                    times = stratified(len(static.x_src), s.num_intermediates, generator)
+                    uniforms = times, times[:, 1:]
+                out = pi_id_loss(
+                    static(), teacher, tau_src=1.0, segment_size=1.0, shift=static.shift,
+                    num_intermediates=s.num_intermediates, uniforms=uniforms, generator=generator,
+                    batch_teacher=s.batch_teacher, **s.rollout,
+                )  # fmt: skip
+                loss = out.weighted(s.time_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in static.parameters():  # at t < 1e-6 a derivative may overflow
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+            optimizer.step()
+            if s.lr_decay == "cosine":
+                schedule.step()
+            losses.append(loss.detach())
+            bar.update()
+            if i % 50 == 49:  # forces a device sync
+                bar.set_postfix(loss=f"{torch.stack(losses[-50:]).mean():.2e}", refresh=False)
+    bar.close()
+    return torch.stack(losses).cpu()
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -185,12 +226,12 @@ def teacher_trajectory(teacher: Teacher, x: Tensor, steps: int, shift: float = 1
 
     Raises: ValueError if a state is not finite.
     """
-    states, every = [], steps // INTERVALS
+    states = []
     with tqdm(total=steps, desc="teacher", mininterval=1.0, leave=False) as bar:
 
         def keep(step: int, t: Tensor, x: Tensor) -> None:
             bar.update(min(step, 1))
-            if step % every == 0:
+            if step % (steps // INTERVALS) == 0:
                 states.append(x)
 
         integrate_teacher(teacher, x, steps, shift, "heun", keep)
@@ -203,16 +244,15 @@ def teacher_trajectory(teacher: Teacher, x: Tensor, steps: int, shift: float = 1
     return torch.stack(states)
 
 
+@torch.no_grad()
 def policy_trajectory(
     policy: Policy, shift: float = 1.0, total_substeps: int = 128, solver: str = "euler"
 ) -> Tensor:
     """The policy's rollout at the same times -> (INTERVALS + 1, B, C, *)."""
-    tau = torch.linspace(1, 0, INTERVALS + 1).to(policy.x_src)
-    through = tau[1:-1, None].expand(-1, len(policy.x_src))
-    with torch.no_grad():
-        options = {"solver": solver, "through": through, "longest": 1.0}
-        end, states = rollout(policy, policy.x_src, 1.0, 0.0, shift, total_substeps, **options)
-    return torch.stack([policy.x_src, *states, end])
+    x = policy.x_src
+    through = torch.linspace(1, 0, INTERVALS + 1).to(x)[1:-1, None].expand(-1, len(x))
+    end, states = rollout(policy, x, 1.0, 0.0, shift, total_substeps, solver, through=through)
+    return torch.stack([x, *states, end])
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float:
@@ -227,7 +267,6 @@ def compare(
 
     Raises: ValueError if a number is not finite.
     """
-    t = shift_time(torch.linspace(1, 0, len(states)), shift)
     error = [endpoint_rmse(a, b) for a, b in zip(states, reference, strict=True)]
     images = decode(states[-1]), decode(reference[-1])
     for name, image in zip(("policy", "teacher"), images, strict=True):
@@ -237,7 +276,7 @@ def compare(
         "endpoint_psnr_db": psnr_db(*images),
         "endpoint_rmse": error[-1],
         "trajectory_rmse": error,
-        "t": t.tolist(),
+        "t": shift_time(torch.linspace(1, 0, len(states)), shift).tolist(),
     }
 
 
@@ -255,51 +294,33 @@ class Run(NamedTuple):
 
 
 def run_fit(
-    fit: Fit, teacher: Teacher, reference: Tensor, decode: Decode, settings: ToySettings,
-    shift: float = 1.0,
-) -> Run:  # fmt: skip
+    teacher: Teacher, reference: Tensor, decode: Decode, settings: ToySettings, shift: float = 1.0
+) -> Run:
     """One fit, measured against the teacher's trajectory (INTERVALS + 1, B, C, *)."""
-    x_src, total = reference[0], settings.cloning + settings.iterations
-    losses = reference.new_zeros(total)
+    x_src = reference[0]
     generator = torch.Generator().manual_seed(settings.seed + 1)  # `seed` itself gave the noise
     with torch.no_grad():
         u_src = teacher(x_src, x_src.new_ones(len(x_src)))
-    kind, size, options = settings.policy, settings.components, settings.rollout
-    static = StaticPolicy(x_src, u_src, kind, size, shift, generator)
-
-    def trajectory(policy: Policy) -> Tensor:
-        return policy_trajectory(policy, shift, options["total_substeps"], options["solver"])
-
-    def monitor(i: int, loss: Tensor, static: StaticPolicy) -> None:
-        losses[i], done = loss, i + 1
-        if done % 50 == 0:  # the only device sync
-            bar.set_postfix(loss=f"{losses[i - 49 : done].mean().item():.2e}", refresh=False)
-            bar.update(50)
-        if settings.picture_every and done % settings.picture_every == 0:
-            end = trajectory(static().detach())[-1]
-            pair = [decode(x)[0] for x in (reference[-1], end)]
-            figure = plots.image_rows({f"teacher, and the policy after {done} iterations": pair})
-            plots.save_figure(figure, settings.out / "progress.png")
-
+    static = StaticPolicy(x_src, u_src, settings.policy, settings.components, shift, generator)
     began = time.perf_counter()
-    with tqdm(total=total, desc=f"{kind} {size}", mininterval=1.0) as bar:
-        fit(static, teacher, reference, settings, generator, monitor)
-        bar.update(total - bar.n)
-    seconds, policy = time.perf_counter() - began, static().detach()
-    states = trajectory(policy)
+    losses = fit(static, teacher, reference, settings, generator)
+    seconds = time.perf_counter() - began
+    policy = static().detach()
+    options = settings.rollout
+    states = policy_trajectory(policy, shift, options["total_substeps"], options["solver"])
     metrics = compare(states, reference, decode, shift) | {"seconds": seconds}
     metrics["settings"] = describe(settings, shift)
-    return Run(metrics, policy, states, losses.cpu(), static.state_dict())
+    return Run(metrics, policy, states, losses, static.state_dict())
 
 
 def run_toy(
-    fit: Fit, teacher: Teacher, x_src: Tensor, decode: Decode, settings: ToySettings, name: str,
+    teacher: Teacher, x_src: Tensor, decode: Decode, settings: ToySettings, name: str,
     shift: float = 1.0, about: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Fits one policy, or one per size with --sweep -> metrics and figures in settings.out.
 
     Args:
-        fit: the training loop. teacher: (x, t) -> u, guidance included. x_src: (1, C, *) noise.
+        teacher: (x, t) -> u, guidance included. x_src: (1, C, *) noise.
         decode: latents -> images in [-1, 1]. name: of the picture. shift: of the schedule.
         about: what else metrics.json says about the run.
     Raises: ValueError, before anything is written, if a state or an image is not finite.
@@ -307,36 +328,35 @@ def run_toy(
     about = {**(about or {}), "reference": f"{settings.teacher_steps} Heun steps of the teacher"}
     reference = teacher_trajectory(teacher, x_src, settings.teacher_steps, shift)
     if settings.sweep:
-        runs = run_sweep(fit, teacher, reference, decode, settings, shift)
+        runs = run_sweep(teacher, reference, decode, settings, shift)
         metrics = about | {"runs": runs, "settings": describe(settings, shift)}
         write_json(settings.out / "sweep.json", metrics)
         steps = settings.cloning + settings.iterations
-        figure = plots.policy_sizes(runs, f"{name}, {steps} iterations a run")
+        figure = plots.policy_sizes(runs, f"{plots.plain(name)}, {steps} iterations a run")
         plots.save_figure(figure, settings.out / "sweep.png")
         print(f"wrote {settings.out}/sweep.json and sweep.png")
         return
-    run = run_fit(fit, teacher, reference, decode, settings, shift)
+    run = run_fit(teacher, reference, decode, settings, shift)
     write_json(settings.out / "metrics.json", about | run.metrics)
-    with atomic(settings.out / "policy.pt") as temporary:
+    with writing(settings.out / "policy.pt") as temporary:
         torch.save(run.weights, temporary)
     psnr, rmse, seconds = (run.metrics[k] for k in ("endpoint_psnr_db", "endpoint_rmse", "seconds"))
     print(f"{name}: endpoint PSNR {psnr:.1f} dB, endpoint RMSE {rmse:.4f}, {seconds:.0f} s")
     kind = {"gmflow": "GMFlow policy, K", "dx": "DX policy, N"}[settings.policy]
-    title = f"{kind} = {settings.components}: {name}, endpoint PSNR {psnr:.1f} dB"
+    title = f"{kind} = {settings.components}: {plots.plain(name)}, endpoint PSNR {psnr:.1f} dB"
     figure = plots.static_policy(teacher, run, reference, decode, title)
     plots.save_figure(figure, settings.out / "toy.png")
     print(f"wrote {settings.out}/metrics.json, policy.pt and toy.png")
 
 
 def run_sweep(
-    fit: Fit, teacher: Teacher, reference: Tensor, decode: Decode, settings: ToySettings,
-    shift: float = 1.0,
-) -> list[dict[str, Any]]:  # fmt: skip
+    teacher: Teacher, reference: Tensor, decode: Decode, settings: ToySettings, shift: float = 1.0
+) -> list[dict[str, Any]]:
     """One fit per K (gmflow) and per N (dx), same noise -> a row of metrics for each."""
     rows = []
     for policy, size in [(policy, size) for policy, sizes in SIZES.items() for size in sizes]:
         one = dataclasses.replace(settings, policy=policy, components=size, sweep=False)
-        metrics = run_fit(fit, teacher, reference, decode, one, shift).metrics
+        metrics = run_fit(teacher, reference, decode, one, shift).metrics
         kept = {key: metrics[key] for key in ("endpoint_psnr_db", "endpoint_rmse", "seconds")}
         rows.append({"policy": policy, "size": size, **kept})
         print(f"{policy:6s} {size:3d}  {kept['endpoint_psnr_db']:5.1f} dB", flush=True)
@@ -345,5 +365,5 @@ def run_sweep(
 
 def describe(settings: ToySettings, shift: float) -> dict[str, Any]:
     """The settings as metrics.json keeps them."""
-    values = {**dataclasses.asdict(settings), "shift": shift}
+    values = dataclasses.asdict(settings) | {"shift": shift}
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
