@@ -97,8 +97,8 @@ class GMFlowPolicy:
         shapes = [tuple(part.shape) for part in (*mixture, x_src)]
         ones = [1] * len(spatial)
         if shapes[1:] != [(b, 1, 1, *ones), (b, k, 1, *spatial), (b, c, *spatial)]:
-            form = "(B, K, C, *), (B, 1, 1, *ones), (B, K, 1, *), (B, C, *)"
-            raise ValueError(f"means, logstds, logweights, x_src {shapes}: must be {form}")
+            raise ValueError(f"means, logstds, logweights, x_src {shapes}: must be "
+                             "(B, K, C, *), (B, 1, 1, *ones), (B, K, 1, *), (B, C, *)")  # fmt: skip
         self.mixture = mixture
         self.x_src = x_src
         self.t_src = _per_sample(t_src, _upcast(mixture.means))
@@ -211,9 +211,8 @@ class DXPolicy:
         place = ((tau - self.tau_dst) / self.length).clamp(0, 1) * (n - 1)  #     (B,) in [0, N - 1]
         left = place.long().clamp(max=max(n - 2, 0))
         right = (left + 1).clamp(max=n - 1)
-        low = self.x0[self.row, left]
-        high = self.x0[self.row, right]
-        return torch.lerp(low, high, _expand(place - left, low))
+        share = _expand(place - left, self.x_src)
+        return torch.lerp(self.x0[self.row, left], self.x0[self.row, right], share)
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
         """pi(x, t). x: (B, C, *), as x_src; t at most t_src. -> (B, C, *)."""
@@ -266,13 +265,15 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
             second-order exponential multistep (arXiv 2204.13902). "exact": the policy's `flow`.
         callback: called with (substep, tau (B,), x) at the start and after each substep.
         through: (P, B) raw times on the way, descending: returns (x_end, list of P states).
-        longest: bound of tau_start - tau_end, from which the number of substeps follows; without
-            it tensor times force a device sync, and rule out `torch.export` and fullgraph=True.
+        longest: bound of tau_start - tau_end, without which tensor times force a device sync.
+            `torch.export` and fullgraph=True need times that are numbers.
     Returns: x_end (B, C, *). Raises: ValueError for an unknown solver, or "exact" without `flow`.
     """
+    x = _upcast(x)
     if through is None and isinstance(tau_start, int | float) and isinstance(tau_end, int | float):
         longest = tau_start - tau_end
-    x = _upcast(x)
+    elif x.device.type == "cpu":
+        longest = None  #  there the number of substeps itself can be read, at no cost
     between = [] if through is None else list(through.to(x))
     stops = [_per_sample(tau_start, x), *between, _per_sample(tau_end, x)]
     stops = torch.stack(stops).clamp(min=0)  #                                    (P + 2, B)
@@ -281,13 +282,13 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
     reached = reached.view(*reached.shape, *[1] * (x.ndim - 1))
     states = x.expand(len(between), *x.shape)  #                                  (P, B, C, *)
 
-    if callback is not None:
+    if callback:
         callback(0, stops[0], x)
     for i in range(len(t) - 1):
         x = step(x, t[i], t[i + 1])
         if through is not None:
             states = torch.where(reached[i], x, states)
-        if callback is not None:
+        if callback:
             callback(i + 1, unshift_time(t[i + 1], shift), x)
     return x if through is None else (x, list(states))
 
@@ -386,12 +387,11 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
         policy: starts the segment [tau_src - segment_size, tau_src] at policy.x_src.
         tau_src, segment_size: in [0, 1]; a tensor segment_size forces a device sync.
         total_substeps, solver: of the rollout. num_intermediates: M >= 1, queries per sample.
-        teacher_ratio: r in [0, 1], the share of the segment that M Euler steps of the teacher take,
-            between rollouts of the detached policy ("scheduled trajectory mixing"); from 1 to 0
-            early in training, for guidance-distilled teachers.
-        window_substeps: W in substeps, the "micro-window". With r or W the policy is compared by
-            its mean velocity over the teacher's step and a window W behind it. DX needs it most:
-            1/t magnifies the errors of its velocity.
+        teacher_ratio: r, the share of the segment that M Euler steps of the teacher take, between
+            rollouts of the detached policy (scheduled trajectory mixing): from 1 to 0 early in
+            training, for guidance-distilled teachers.
+        window_substeps: with r or a micro-window the policy's mean velocity is compared, over the
+            teacher's step and the window. DX needs it: 1/t magnifies its velocity's errors.
         dropout: in [0, 1), of the detached policy's components (GMFlow).
         uniforms: ((B, M), (B, M - 1)) in [0, 1) replace the random draws: replays a loss. Or a
             function (tau_src (B,), segment_size (B,)) -> such a pair: query times of one's own.
@@ -401,20 +401,18 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
     x = _upcast(policy.x_src).detach()
     tau = _per_sample(tau_src, x)
     segment = _per_sample(segment_size, x)
-    M = num_intermediates
     r = teacher_ratio
     detached = policy.detach()
     if dropout:
         detached = detached.dropout(dropout, generator)
-    options = {"shift": shift, "total_substeps": total_substeps, "solver": solver, "longest": None}
-    bounded = x.device.type != "cpu" and isinstance(segment_size, int | float)
-    if bounded:  #  to count the substeps would force a device sync
-        options["longest"] = segment_size
+    options = {"shift": shift, "total_substeps": total_substeps, "solver": solver}
+    options["longest"] = segment_size if isinstance(segment_size, int | float) else None
 
     # 1. When: the teacher is queried at tau_a, and its Euler step ends at tau_b. Of what the window
     # leaves of the segment the policy has covered (1 - r) place by then, and the teacher r cuts.
     if uniforms is None:
-        uniforms = [_draw(torch.rand, (len(x), n), x, generator) for n in (M, M - 1)]
+        shapes = (len(x), num_intermediates), (len(x), num_intermediates - 1)
+        uniforms = [_draw(torch.rand, shape, x, generator) for shape in shapes]
     if callable(uniforms):
         uniforms = uniforms(tau, segment)
     place, cuts = (draws.to(x).T.sort(0).values for draws in uniforms)  #         (M, B), (M - 1, B)
@@ -439,7 +437,7 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
         else:  #  trajectory mixing: rollout, Euler step of the teacher, rollout, ...
             x_a = []
             u_a = []
-            for m in range(M):
+            for m in range(num_intermediates):
                 x_a.append(rollout(detached, x, tau, tau_a[m], **options))
                 u_a.append(teacher(x_a[m], t_a[m]))
                 x = x_a[m] + _expand(t_b[m] - t_a[m], x) * u_a[m]
@@ -452,7 +450,7 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
     if r == 0 and window_substeps == 0:
         u_policy = [policy.velocity(x, t) for x, t in zip(x_a, t_a, strict=True)]
     else:
-        if bounded:
+        if options["longest"]:
             substep = segment_size / max(1, round(segment_size * total_substeps))
             options["longest"] = r * segment_size + window_substeps * substep
         spans = zip(x_a, tau_a, tau_b - window, strict=True)
@@ -545,8 +543,7 @@ def flow_map_schedule(nfe: int, shift: float = 1.0, final_step_size_scale: float
     Raises: ValueError for nfe < 1.
     """
     levels = [*_levels(nfe, shift, final_step_size_scale, h)]
-    levels = torch.tensor(levels, dtype=torch.float32)  #                         (nfe, 4)
-    return FlowMapSchedule(*levels.unbind(1))
+    return FlowMapSchedule(*torch.tensor(levels, dtype=torch.float32).unbind(1))
 
 
 def _levels(nfe: int, shift: float, f: float, h: float) -> Iterator[tuple[float, ...]]:

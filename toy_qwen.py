@@ -63,8 +63,6 @@ class Settings(ToySettings):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be a multiple of 16")
         if self.tiny and (self.base or self.quantize != "none"):
             raise ValueError("--tiny builds its own model: leave out --base and --quantize")
-        if self.one_branch and self.guidance == 1:
-            raise ValueError("--one-branch has no effect with --guidance 1: leave it out")
         if not self.prompt.strip():
             raise ValueError("--prompt is empty")
 
@@ -140,36 +138,37 @@ def guided_qwen(
 
 def load_teacher(settings: Settings, device: torch.device) -> tuple[Any, list[dm.Conditions]]:
     """Text encoder, freed again, then transformer and VAE -> pipeline, encoded prompts."""
-    prompts, cache = (settings.prompt, settings.negative_prompt), settings.prompt_cache
-    cached = load_prompts(cache, prompts) if cache and cache.exists() else None
-    if settings.tiny:
+    s = settings
+    prompts = s.prompt, s.negative_prompt
+    known = s.prompt_cache is not None and s.prompt_cache.exists()
+    encoded = load_prompts(s.prompt_cache, prompts) if known else None
+
+    def load(without: tuple[str, str]) -> Any:
+        pipe = loading.load_base(QWEN, s.base, torch.bfloat16, s.quantize, without)
+        loading.place(pipe, device, s.offload)
+        return pipe
+
+    if s.tiny:
         pipe = fashion_pipeline().to(device)
-        encoded = cached or encode(pipe, prompts)
+        encoded = encoded or encode(pipe, prompts)
     else:
-        base, quantize, dtype = settings.base, settings.quantize, torch.bfloat16
-        modules = loading.empty_components(QWEN, base)
-        sizes = loading.component_sizes(QWEN, modules, base, quantize)
+        modules = loading.empty_components(QWEN, s.base)
+        sizes = loading.component_sizes(QWEN, modules, s.base, s.quantize)
         text = {"text_encoder": sizes.pop("text_encoder")}
-        pixels, batch = settings.height * settings.width, 1 if settings.one_branch else 2
-        policy = 12 * 4 * settings.components * 16 * pixels / 64  # its parameters, Adam, rollout
+        pixels = s.height * s.width
+        policy = 12 * 4 * s.components * 16 * pixels / 64  # its parameters, Adam, rollout
         for part, weights, other in (("text encoder", text, 0.0), ("transformer", sizes, policy)):
-            if part == "transformer" or cached is None:
-                weights = loading.weights_on_gpu(weights, settings.offload) + other
-                need = loading.memory_needed(weights, QWEN, pixels, batch)
+            if part == "transformer" or encoded is None:
+                weights = loading.weights_on_gpu(weights, s.offload) + other
+                need = loading.memory_needed(weights, QWEN, pixels, 1 if s.one_branch else 2)
                 helps = "--quantize nf4, --offload group or --one-branch"
                 print(f"{part}:", loading.check_memory(need, device, "weights and work", helps))
-        if cached is None:
-            pipe = loading.load_base(QWEN, base, dtype, quantize, ("transformer", "vae"))
-            loading.place(pipe, device, settings.offload)
-            encoded = encode(pipe, prompts)
-            del pipe
+        if encoded is None:
+            encoded = encode(load(("transformer", "vae")), prompts)
             loading.release_memory()
-        else:
-            encoded = cached
-        pipe = loading.load_base(QWEN, base, dtype, quantize, ("text_encoder", "tokenizer"))
-        loading.place(pipe, device, settings.offload)
-    if cache and cached is None:
-        save_prompts(cache, prompts, encoded)
+        pipe = load(("text_encoder", "tokenizer"))
+    if s.prompt_cache and not known:
+        save_prompts(s.prompt_cache, prompts, encoded)
     return pipe, [dm.Conditions(part.embeds.to(device)) for part in encoded]
 
 
