@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from common import plots
-from common.cli import DEVICE_HELP, MAX_SEED, one_thread, parse, pick_device, run_cli, setting
+from common.cli import (
+    DEVICE_HELP,
+    MAX_SEED,
+    keep_freed_memory,
+    one_thread,
+    parse,
+    pick_device,
+    run_cli,
+    setting,
+)
 from common.files import write_json, writing
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import (
@@ -95,10 +104,12 @@ class Checkerboard(nn.Module):
         log_evidence = (math.sqrt(math.pi / 8) * tail / wide).log() - near**2 / 2
 
         # Near t = 1 the interval is narrow and the differences above cancel: 8-point quadrature.
-        tilt, total, moment = (z * k).clamp(-4, 4), 0.0, 0.0
+        tilt = (z * k).clamp(-4, 4)
+        total = moment = 0.0
         for node, weight in QUADRATURE:
             part = weight / 2 * torch.exp(node * tilt - node**2 / 2 * k**2)
-            total, moment = total + part, moment + node * part
+            total = total + part
+            moment = moment + node * part
         narrow = (k < 0.25) & ((z * k).abs() < 4)
         offset = torch.where(narrow, moment / total, (z - eps) / wide)
         eps = torch.where(narrow, z - k * offset, eps)
@@ -123,7 +134,8 @@ class Gaussians(nn.Module):
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """u = E[eps | x] - E[x_0 | x]. x: (B, 2), t: (B,) in [0, 1]. -> (B, 2)."""
         t = t.view(-1, 1)
-        alpha, var = 1 - t, ((1 - t) * self.std) ** 2 + t**2  #    of x_t, given the component
+        alpha = 1 - t
+        var = (alpha * self.std) ** 2 + t**2  #  of x_t, given the component
         square = self.centers.square().sum(1)  #                                  (K,)
         logits = (alpha / var * x) @ self.centers.T - alpha**2 / (2 * var) * square
         mean = logits.softmax(1) @ self.centers  #         of the components      (B, 2)
@@ -267,7 +279,8 @@ class Settings:
 def stratified(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform draws in [0, 1), one in each of as many equal intervals, in random order."""
     n = math.prod(shape)
-    order, place = torch.randperm(n, generator=generator), torch.rand(n, generator=generator)
+    order = torch.randperm(n, generator=generator)
+    place = torch.rand(n, generator=generator)
     return ((order + place) / n).view(shape)
 
 
@@ -358,7 +371,8 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def draw_overview(path: Path, student: Student, teacher, noise, data, ends: dict, rows: dict):
     """Data, teacher and student as points (ends, with metrics rows), and the paths of both."""
-    nfe, colors = student.config["nfe"], plots.colors_of(noise)
+    nfe = student.config["nfe"]
+    colors = plots.colors_of(noise)
     few_steps = "1 step: all at the mean" if nfe == 1 else f"{nfe} Euler steps"
     titles = {"teacher": f"teacher, {STEPS} Heun steps", "few_steps": f"teacher, {few_steps}"}
     titles["student"] = f"student, {nfe} evaluation{'s' * (nfe > 1)}"
@@ -367,11 +381,13 @@ def draw_overview(path: Path, student: Student, teacher, noise, data, ends: dict
     for axis, (name, title) in zip(axes.flat[[1, 3, 4]], titles.items(), strict=True):
         title += f"\nenergy distance {rows[name]['energy_distance']:.4f}"
         plots.draw_points(axis, ends[name], colors, title, 40 if "mean" in title else 1.2)
-    noise, colors, of_teacher, of_policy = noise[:36], colors[:36], [], []
-    integrate_teacher(teacher, noise, 256, callback=lambda i, t, x: of_teacher.append(x))
-    student_sample(student, noise, total_substeps=256, callback=lambda i, t, x: of_policy.append(x))
-    plots.draw_paths(axes[0, 2], of_teacher, colors, "paths of the teacher,\nnoise (open) to data")
-    plots.draw_paths(axes[1, 2], of_policy, colors, "paths of the policy,\nfor the same noise")
+    few = noise[:36]
+    of_teacher, of_policy = [], []
+    integrate_teacher(teacher, few, 256, callback=lambda i, t, x: of_teacher.append(x))
+    student_sample(student, few, total_substeps=256, callback=lambda i, t, x: of_policy.append(x))
+    name = "paths of the teacher,\nnoise (open) to data"
+    plots.draw_paths(axes[0, 2], of_teacher, colors[:36], name)
+    plots.draw_paths(axes[1, 2], of_policy, colors[:36], "paths of the policy,\nfor the same noise")
     plots.save_figure(figure, path)
 
 
@@ -391,6 +407,7 @@ def choose_device(name: str) -> str:
 @one_thread()
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures, draws. Raises: ValueError, OSError for bad input, before anything slow."""
+    keep_freed_memory()
     s = parse(Settings, __doc__, argv)
     s = replace(s, device=choose_device(s.device))
     s.out.mkdir(parents=True, exist_ok=True)
@@ -409,7 +426,8 @@ def main(argv: list[str] | None = None) -> None:
     with writing(s.out / "student.pt") as temporary:
         torch.save({"config": student.config, "state": student.state_dict()}, temporary)
 
-    teacher, generator = density.velocity, torch.Generator().manual_seed(s.seed + 1)
+    teacher = density.velocity
+    generator = torch.Generator().manual_seed(s.seed + 1)
     noise = torch.randn(s.points, 2, generator=generator).to(s.device)
     data, more_data = (density.sample(s.points, generator) for _ in range(2))
     ends = {"student": student_sample(student, noise)}
@@ -417,8 +435,8 @@ def main(argv: list[str] | None = None) -> None:
     ends["few_steps"] = integrate_teacher(teacher, noise, s.nfe)
     rows = {"data": {"energy_distance": energy_distance(more_data, data)}}
     for name, x_0 in ends.items():
-        rmse, distance = endpoint_rmse(x_0, ends["teacher"]), energy_distance(x_0, data)
-        rows[name] = {"endpoint_rmse": rmse, "energy_distance": distance}
+        rows[name] = {"endpoint_rmse": endpoint_rmse(x_0, ends["teacher"])}
+        rows[name] |= {"energy_distance": energy_distance(x_0, data)}
         # One step ends at a corner of four squares, for every noise: there "inside" misleads.
         if isinstance(density, Checkerboard) and name != "few_steps":
             rows[name] |= {"inside": float(density.inside(x_0).float().mean())}
