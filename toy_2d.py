@@ -22,16 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from common import plots
-from common.cli import (
-    DEVICE_HELP,
-    MAX_SEED,
-    keep_freed_memory,
-    one_thread,
-    parse,
-    pick_device,
-    run_cli,
-    setting,
-)
+from common.cli import DEVICE_HELP, MAX_SEED, one_thread, parse, pick_device, run_cli, setting
 from common.files import write_json, writing
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import (
@@ -407,7 +398,6 @@ def choose_device(name: str) -> str:
 @one_thread()
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures, draws. Raises: ValueError, OSError for bad input, before anything slow."""
-    keep_freed_memory()
     s = parse(Settings, __doc__, argv)
     s = replace(s, device=choose_device(s.device))
     s.out.mkdir(parents=True, exist_ok=True)
