@@ -11,6 +11,7 @@ from collections import defaultdict
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _works() -> bool:
@@ -53,3 +54,33 @@ def backward(loss: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
                     before = arriving[following].get(number)
                     arriving[following][number] = gradient if before is None else before + gradient
     return gradients
+
+
+class NoSync(TorchDispatchMode):
+    """Inside FakeTensorMode: raises where a GPU would have to wait for the host or the other way.
+
+    That is: reading a value or a shape that depends on values, and copying between host and device
+    without non_blocking=True; torch.cuda.set_sync_debug_mode("error") does the same on a GPU.
+    """
+
+    READS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.equal.default,
+    )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.READS:
+            raise RuntimeError(f"{function} forces a device sync")
+        result = function(*args, **kwargs)
+        copied = [args[0]]
+        if function is torch.ops.aten.copy_.default:
+            copied = [args[1]]
+        elif function is not torch.ops.aten._to_copy.default:
+            return result
+        blocking = not kwargs.get("non_blocking") and not (len(args) > 2 and args[2])
+        if blocking and copied[0].device.type != result.device.type:
+            raise RuntimeError(f"{function} copies between host and device and waits for it")
+        return result
