@@ -29,7 +29,7 @@ from common import fashion
 from common.cli import parse, run_cli, setting
 from common.files import is_remote, join, reading, writing
 from common.heads import repeat_head
-from imagenet.dit import INITIAL_STD, PIXELS, VAE, DiT, DiTConfig, position_features
+from imagenet.dit import INITIAL_STD, PIXELS, VAE, DiT, DiTConfig
 from imagenet.layouts import VELOCITIES, infer_config, to_ours, to_published
 
 
@@ -50,9 +50,7 @@ TEACHERS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# Student initialisation
-# ---------------------------------------------------------------------------------------------
+# ---- Student initialisation -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -83,9 +81,7 @@ def init_student_from_teacher(
     return student
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing and reading
-# ---------------------------------------------------------------------------------------------
+# ---- Writing and reading --------------------------------------------------------------------------
 
 
 def save_dit(
@@ -157,7 +153,6 @@ def load_dit(
         broken = [key for key, value in state.items() if not value.isfinite().all()]
         if broken:
             raise ValueError(f"{source}: {len(broken)} tensors are not finite, as {broken[0]}")
-        net.positions = position_features(config.latent_size // config.patch, config.hidden)
         if notes:
             warnings.warn(f"{source}: {'; '.join(notes)}", stacklevel=2)
         return net.float().to(device).eval()
@@ -235,9 +230,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     return state, stated or {}
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoder
-# ---------------------------------------------------------------------------------------------
+# ---- Decoder --------------------------------------------------------------------------------------
 
 
 def load_decoder(
@@ -290,9 +283,7 @@ def to_pixels(images: Tensor) -> Tensor:
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-# ---------------------------------------------------------------------------------------------
-# Export
-# ---------------------------------------------------------------------------------------------
+# ---- Export ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,9 +34,7 @@ LATENT_SCALE = 0.18215  # of its latents
 PIXELS = "pixel-shuffle"  # latents are images, 2 x 2 pixels in four channels
 
 
-# ---------------------------------------------------------------------------------------------
-# The network
-# ---------------------------------------------------------------------------------------------
+# ---- The network ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,9 @@ class FinalLayer(nn.Module):
 
     def unpatchify(self, tokens: Tensor, channels: int) -> Tensor:
         """(B, T, p*p * maps * channels) -> (B, maps, channels, H, W)."""
-        p, maps, rows = self.config.patch, self.config.components, math.isqrt(tokens.shape[1])
+        p = self.config.patch
+        maps = self.config.components
+        rows = math.isqrt(tokens.shape[1])
         images = tokens.unflatten(2, (p, p, maps, channels)).unflatten(1, (rows, rows))
         images = images.permute(0, 5, 6, 1, 3, 2, 4)  #   (B, maps, channels, rows, p, rows, p)
         return images.flatten(5, 6).flatten(3, 4)
@@ -200,8 +200,6 @@ class DiT(nn.Module):
             [Block(config.hidden, config.num_heads, config.norm2_eps) for _ in range(config.depth)]
         )
         self.final_layer = FinalLayer(config)
-        positions = position_features(config.latent_size // config.patch, config.hidden)
-        self.register_buffer("positions", positions, persistent=False)  #      (T, hidden)
         self.initialize()
 
     def initialize(self) -> None:
@@ -213,19 +211,18 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.adaLN_modulation[1].weight)
         final = self.final_layer
-        zeros = [block.adaLN_modulation[1] for block in self.blocks] + [final.adaLN_modulation[1]]
         if self.config.head == "gmflow":
-            zeros += [final.means, final.logweights, final.logstds[3]]
-        else:
-            zeros += [final.linear]
-        for layer in zeros:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        if self.config.head == "gmflow":
+            heads = [final.means, final.logweights, final.logstds[3]]
             nn.init.constant_(final.logstds[3].bias, math.log(INITIAL_STD))
+        else:
+            heads = [final.linear]
+        for layer in heads:
+            nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Time, labels: Tensor) -> Tensor | GaussianMixture:
         """-> the head's output.
@@ -238,10 +235,7 @@ class DiT(nn.Module):
         if self.config.flip_time:
             t = 1 - t
         h = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  #        (B, T, hidden)
-        positions = self.positions
-        if len(positions) != h.shape[1]:
-            rows = math.isqrt(h.shape[1])
-            positions = position_features(rows, self.config.hidden, x.device)
+        positions = position_features(math.isqrt(h.shape[1]), self.config.hidden, x.device)
         h = h + positions.to(h.dtype)
         condition = self.t_embedder(self.config.time_scale * t) + self.y_embedder(labels)
         for block in self.blocks:
@@ -252,9 +246,7 @@ class DiT(nn.Module):
         return self.final_layer(h, condition)
 
 
-# ---------------------------------------------------------------------------------------------
-# Teachers and students
-# ---------------------------------------------------------------------------------------------
+# ---- Teachers and students ------------------------------------------------------------------------
 
 
 def guided_teacher(

@@ -124,19 +124,6 @@ class Settings:
     inception: Path | None = setting(None, "weights of the Inception network; default: downloaded")
 
 
-def parse_settings(argv: list[str] | None) -> Settings:
-    """The flags. Raises: ValueError or OSError, one line, for a value that no run could use."""
-    settings = parse(Settings, __doc__, argv)
-    if settings.classes and settings.labels == "published":
-        raise ValueError("--labels published draws from all classes; leave out --classes")
-    if settings.reference:
-        if not settings.reference.exists():
-            raise FileNotFoundError(f"--reference {settings.reference}: no such file or folder")
-        if settings.count <= metrics.NEIGHBOURS:
-            raise ValueError(f"--count is {settings.count}; --reference needs at least 4 images")
-    return settings
-
-
 def is_fashion(net: DiT) -> bool:
     """Whether a network draws the images of Fashion-MNIST, whose metrics ship in assets/."""
     config = net.config
@@ -162,6 +149,8 @@ def resolve_settings(settings: Settings, net: DiT) -> Settings:
     wrong = [flag for flag, value in given.items() if value and is_teacher]
     if wrong:
         raise ValueError(f"{wrong[0]} is for students; {settings.model} is a teacher")
+    if settings.classes and settings.labels == "published":
+        raise ValueError("--labels published draws from all classes; leave out --classes")
     if settings.temperature and config.head == "dx":
         raise ValueError(f"--temperature is for gmflow students; {settings.model} is a dx student")
     if settings.classes and max(settings.classes) >= config.num_classes:
@@ -315,9 +304,10 @@ def compare(
         ends.append(sampler(net, settings)(noise, labels, generators))
         targets.append(to_target(noise, labels, generators))
     ends, targets = torch.cat(ends), torch.cat(targets)
+    role = "teacher" if net.config.head == "velocity" else "student"
     rows = {
         f"teacher, {settings.teacher_steps} steps": to_pixels(decode(targets[:SHOWN])),
-        f"{Path(settings.model).name}, nfe {settings.nfe}": to_pixels(decode(ends[:SHOWN])),
+        f"{role}, nfe {settings.nfe}": to_pixels(decode(ends[:SHOWN])),
     }
     return endpoint_rmse(ends, targets), rows
 
@@ -345,7 +335,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     """Samples and measures; see the top of the file."""
     keep_freed_memory()
-    settings = parse_settings(argv)
+    settings = parse(Settings, __doc__, argv)
     with processes(settings.device) as place:
         device = place.device
         if device.type == "cuda":
