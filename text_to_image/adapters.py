@@ -30,7 +30,8 @@ from text_to_image.families import PATCH, naming, require_package, unpack
 
 LORA_NAME = "piflow"
 REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter
-HUB_NAME = r"\w[\w.-]*/\w[\w.-]*(/[\w.-]+)*"  # user/repository[/folder]
+MODES = ("grid", "polynomial")
+RANGES = {"segment_size": 1.0, "shift": 1000.0}  # of a DX policy: above 0, at most this
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -135,21 +136,12 @@ def read_adapter(where: str) -> Adapter:
 
     Raises: OSError if it cannot be read, ValueError if its metadata are not understood.
     """
-    require_package("safetensors", "reading an adapter")
     from safetensors import safe_open
 
-    paths, what = [], f"adapter {where}"
-    for file in ("config.json", WEIGHTS):
-        if Path(where).is_dir():
-            paths.append(Path(where) / file)
-            if not paths[-1].is_file():
-                raise OSError(f"{what}: there is no {file}")
-        elif re.fullmatch(HUB_NAME, where) and not Path(where).exists():
-            paths.append(_from_hub(where, file, what))
-        else:
-            raise OSError(f"{what} is neither a folder nor a Hub name (user/repo[/folder])")
-    config = _json_object(paths[0].read_bytes(), f"{what}: config.json")
-    with naming(f"{what}: {paths[1].name} is damaged"), safe_open(paths[1], "pt") as file:
+    what = f"adapter {where}"
+    config_file, weights = (_find(where, name, what) for name in ("config.json", WEIGHTS))
+    config = _json_object(config_file.read_bytes(), f"{what}: config.json")
+    with naming(f"{what}: {WEIGHTS} is damaged"), safe_open(weights, "pt") as file:
         tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
         text = (file.metadata() or {}).get("policy_config")
     policy = None if text is None else _json_object(text.encode(), f"{what}: policy_config")
@@ -172,24 +164,24 @@ def write_adapter(folder: str, adapter: Adapter) -> None:
         save_file(adapter.tensors, temporary, {"policy_config": json.dumps(adapter.policy)})
 
 
-def _from_hub(where: str, file: str, what: str) -> Path:
+def _find(where: str, file: str, what: str) -> Path:
+    """A file of a folder, or of a folder on the Hub. Raises: OSError or ValueError."""
+    if Path(where).exists():
+        if not (Path(where) / file).is_file():
+            raise OSError(f"{what}: there is no {file}")
+        return Path(where) / file
     require_package("huggingface_hub", "downloading an adapter")
     from huggingface_hub import hf_hub_download
 
-    user, repository, *folders = where.split("/")
-    folder = "/".join(folders) or None
-    with naming(f"{what} is no folder or file here, and was not found on the Hub"):
+    with naming(f"{what} is no folder here, and not on the Hub (user/repository[/folder])"):
+        user, repository, *folders = where.split("/")
+        folder = "/".join(folders) or None
         return Path(hf_hub_download(f"{user}/{repository}", file, subfolder=folder))
 
 
 def _json_object(text: bytes, what: str) -> dict:
-    try:
-        value = json.loads(text.decode("utf-8-sig"))
-    except ValueError:  # not UTF-8, or not JSON
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} is not a JSON object: {text[:60]!r}")
-    return value
+    with naming(f"{what} is not a JSON object"):
+        return dict(json.loads(text.decode("utf-8-sig")))
 
 
 def policy_of(
@@ -201,24 +193,25 @@ def policy_of(
     """
     kind = "GMFlow" if adapter.is_gm else "DX"
     settings = {"type": kind, **(known or {}), **(adapter.policy or {}), **(override or {})}
+    name = f"adapter {adapter.name}"
     if settings.pop("type") != kind:
-        raise ValueError(f"adapter {adapter.name}: its head is of type {kind!r}, its policy is not")
-    mode = settings.get("mode", "grid")
-    allowed = ["segment_size", "shift", "mode"] if kind == "DX" else []
-    needed = {"GMFlow": [], "grid": ["segment_size", "shift"], "polynomial": ["shift"]}
-    if mode not in ("grid", "polynomial"):
-        raise ValueError(f"policy mode {mode!r}: use 'grid' or 'polynomial'")
-    if unknown := sorted(settings.keys() - set(allowed)):
-        raise ValueError(f"policy settings {unknown}: {kind} has {allowed or 'none'}")
-    if missing := [key for key in needed[mode if kind == "DX" else kind] if key not in settings]:
+        raise ValueError(f"{name}: its head is of type {kind!r}, its policy is not")
+    needed = []
+    if kind == "DX":
+        needed = ["shift"] if settings.get("mode") == "polynomial" else ["segment_size", "shift"]
+    if missing := [key for key in needed if key not in settings]:
         raise ValueError(
-            f"adapter {adapter.name} is a DX adapter, and its file does not say its {missing}: "
-            'give them as --policy \'{"segment_size": 0.2857, "shift": 3.2}\''
+            f"{name} is a DX adapter, and its file does not say its {missing}: give them as "
+            '--policy \'{"segment_size": 0.2857, "shift": 3.2}\''
         )
-    for key, high in (("segment_size", 1.0), ("shift", 1000.0)):
+    allowed = ["segment_size", "shift", "mode"] if kind == "DX" else []
+    fits = settings.keys() <= set(allowed) and settings.get("mode", "grid") in MODES
+    for key, high in RANGES.items():
         value = settings.get(key, 1.0)
-        if not isinstance(value, int | float) or not 0 < value <= high:
-            raise ValueError(f"policy {key} {value!r}: must be a number in (0, {high:g}]")
+        fits = fits and isinstance(value, int | float) and 0 < value <= high
+    if not fits:
+        accepted = "segment_size in (0, 1], shift in (0, 1000], mode grid or polynomial"
+        raise ValueError(f"policy {settings}: {kind} has {accepted if allowed else 'no settings'}")
     return PolicySpec(kind, **settings)
 
 
@@ -295,24 +288,16 @@ def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 def _empty_head(transformer: nn.Module, adapter: Adapter) -> nn.Module:
     """The head that an adapter's config describes. Raises: ValueError if it describes none."""
     width, channels = transformer.norm_out.linear.in_features, transformer.config["in_channels"]
-    config, name = adapter.config, f"adapter {adapter.name}: config.json:"
-    defaults = {"out_channels": None}
-    if adapter.is_gm:
-        defaults = {"num_gaussians": 1, "logstd_inner_dim": 1024, "gm_num_logstd_layers": 2}
-    values = {key: config.get(key, default) for key, default in defaults.items()}
-    for key, value in values.items():
-        if not isinstance(value, int) or not 0 < value < 2**20:
-            raise ValueError(f"{name} {key} is {value!r}, not a whole number")
-    if not adapter.is_gm:
+    config = adapter.config
+    with naming(f"adapter {adapter.name}: config.json"):
+        if adapter.is_gm:
+            inner = config.get("logstd_inner_dim", 1024)
+            layers = config.get("gm_num_logstd_layers", 2)
+            return GMHead(width, channels, config["num_gaussians"], inner, layers)
         if config["out_channels"] % channels:
             given = f"out_channels {config['out_channels']}"
-            raise ValueError(f"{name} {given}, not a multiple of the base's {channels} channels")
+            raise ValueError(f"{given}, not a multiple of the base's {channels} channels")
         return nn.Linear(width, config["out_channels"], bias="proj_out.bias" in adapter.tensors)
-    if config.get("constant_logstd") is not None or config.get("logweights_channels", 4) != 4:
-        raise ValueError(
-            f"{name} constant_logstd, or logweights_channels other than 4, is not supported"
-        )
-    return GMHead(width, channels, *values.values())
 
 
 def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) -> None:
@@ -353,49 +338,30 @@ def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) 
 # ---- Style LoRAs ---------------------------------------------------------------------------------
 
 
-def style_file(where: str) -> Path:
-    """The file of a style LoRA: a .safetensors file, a folder with one, or a Hub name.
-
-    On the Hub it is "user/repository/[folder/]file.safetensors", or without a file name
-    pytorch_lora_weights.safetensors. Raises: OSError or ValueError that names it.
-    """
-    path, what = Path(where), f"LoRA {where}"
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() == ".safetensors")
-        if len(files) != 1:
-            raise ValueError(f"{what}: the folder has {len(files)} .safetensors files; name one")
-        return files[0]
-    if suffix in (".bin", ".ckpt", ".pt", ".pth") or (path.is_file() and suffix != ".safetensors"):
-        raise ValueError(f"{what}: only .safetensors files are read; others can hold programs")
-    if path.is_file():
-        return path
-    if not re.fullmatch(HUB_NAME, where):
-        raise OSError(f"{what} is neither a file, a folder nor a Hub name (user/repo[/file])")
-    folder, _, file = where.rpartition("/")
-    if suffix != ".safetensors" or "/" not in folder:
-        folder, file = where, "pytorch_lora_weights.safetensors"
-    return _from_hub(folder, file, what)
-
-
-def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Path:
+def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> dict[str, Any]:
     """Finds a style LoRA and compares it with the base. -> what `load_lora_weights` takes.
 
-    diffusers reads its own names and those of kohya, ComfyUI, DiffSynth and Black Forest Labs.
+    diffusers reads its own names and those of kohya, ComfyUI, DiffSynth and Black Forest Labs, from
+    safetensors alone.
 
     Args: pipeline: class of the base pipeline; modules: its transformer and text encoders, which
-        may be on the meta device.
+        may be on the meta device; where: a file, a folder with one, or on the Hub
+        "user/repository[/folder/file.safetensors]".
     Raises: OSError or ValueError if it cannot be read, fits no layer, or a layer of another size.
     Warns: once, if layers are not used, because the base has none or the adapter replaces them.
     """
-    path, what = style_file(where), f"LoRA {where}"
+    what, parts = f"LoRA {where}", where.split("/")
+    source = {"pretrained_model_name_or_path_or_dict": where, "use_safetensors": True}
+    if where.endswith(".safetensors") and not Path(where).exists() and len(parts) > 2:
+        source["pretrained_model_name_or_path_or_dict"] = "/".join(parts[:2])
+        source |= {"subfolder": "/".join(parts[2:-1]) or None, "weight_name": parts[-1]}
     layers = {
         f"{part}.{name.removeprefix('text_model.')}": getattr(layer, "base_layer", layer)
         for part in pipeline._lora_loadable_modules
         for name, layer in modules[part].named_modules()
     }
     with naming(what):
-        tensors = pipeline.lora_state_dict(str(path), use_safetensors=True)
+        tensors = pipeline.lora_state_dict(**source)
     halves: dict[str, set] = {}  # layer -> names of its tensors
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):
@@ -426,4 +392,4 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> Pat
     if notes:
         counts = f"{used} of {len(halves)} layers are used"
         warnings.warn(f"{what}: {counts}; {notes}", stacklevel=3)
-    return path
+    return source

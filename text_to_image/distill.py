@@ -52,9 +52,7 @@ from text_to_image.student import (
 )  # fmt: skip
 from text_to_image.tiny import GUIDANCE, SIDE, demo_pipeline
 
-SIZES = (  # around one megapixel
-    (1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344), (1344, 768)
-)  # fmt: skip
+SIDE_OF_IMAGES = 1024  # pixels; published where embeddings are cached
 TINY_SCALE = 4.0  # of a random base's output layer, so that its trajectories bend
 TINY_PROMPTS = [
     f"{start} {name}" for start in ("a", "a photo of a", "the picture of one")
@@ -78,9 +76,6 @@ class Settings(TrainSettings):
     prompts: str | None = setting(None, "folder of text_to_image.cache_prompts", path=True)
     data_dependent: bool = setting(
         False, "start from the image latents of --prompts (Algorithm 2); batch 256 by default"
-    )
-    aspect_ratios: bool = setting(
-        False, "one of seven sizes of a megapixel for each micro-batch; else 1024 x 1024"
     )
 
     policy: str = setting(
@@ -117,12 +112,11 @@ class Settings(TrainSettings):
     )  # fmt: skip
 
     @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of the images; a micro-batch has one of them."""
+    def side(self) -> int:
+        """Of the images, in pixels."""
         if self.tiny:
-            side = SIDE if self.family == "qwen" else 64
-            return ((side, side),)
-        return SIZES if self.aspect_ratios else SIZES[:1]
+            return SIDE if self.family == "qwen" else 64
+        return SIDE_OF_IMAGES
 
     @property
     def spec(self) -> PolicySpec:
@@ -204,8 +198,8 @@ class Distillation:
             x_0 = self.prompts.latents(places).to(self.device)
             yield 1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **options)
         else:
-            size = s.sizes[int(torch.randint(len(s.sizes), ()))]
-            noise = self.family.draw_noise((len(rows), *latent_shape(self.pipe, *size)))
+            shape = latent_shape(self.pipe, s.side, s.side)
+            noise = self.family.draw_noise((len(rows), *shape))
             yield from pi_id_data_free(student, teacher, noise.to(self.device), s.nfe, **options)
 
     def student_and_teacher(self, places: list[int]) -> tuple:
@@ -225,7 +219,7 @@ class Distillation:
         )
         if self.pairs is None:
             generator = torch.Generator().manual_seed(s.seed)
-            shape = s.pictures, *latent_shape(self.pipe, *s.sizes[0])
+            shape = s.pictures, *latent_shape(self.pipe, s.side, s.side)
             noise = self.family.draw_noise(shape, generator).to(self.device)
             ends = (integrate_teacher(teacher, noise, n, SHIFT) for n in (s.teacher_steps, s.nfe))
             self.pairs = noise, *ends
@@ -312,8 +306,6 @@ def prepare(s: Settings, place: Place) -> Distillation:
 def check_memory(s: Settings, net: nn.Module, place: Place) -> str:
     """One line, printed before anything is loaded. net: on the meta device; gets a student's parts.
 
-    Frozen parameters at 2 bytes; trained ones at 4 each for weight, gradient and average, and 8 (2
-    with 8-bit AdamW) for the moments; sharded parts divided by the processes, and two blocks whole.
     Raises: ValueError if the GPU has less, or the base is stored quantised.
     """
     if net.quantized:
@@ -321,20 +313,22 @@ def check_memory(s: Settings, net: nn.Module, place: Place) -> str:
     frozen = sum(p.numel() for p in net.parameters())
     with torch.device("meta"):
         trained = sum(p.numel() for p in two_roles(s, net).trained().values())
-    need = memory_needed(s, frozen, trained, net.config, place.world)
+    layers = net.config.num_layers + net.config.get("num_single_layers", 0)
+    need = memory_needed(s, frozen, trained, layers, place.world)
     parts = f"each GPU ({frozen / 1e9:.1f}e9 frozen, {trained / 1e9:.2f}e9 trained parameters)"
     helps = "--shard on several GPUs, --micro-batch 1, --checkpointing or --optimizer adamw8bit"
     return loading.check_memory(need, place.device, parts, helps)
 
 
-def memory_needed(s: Settings, frozen: int, trained: int, config: Any, world: int) -> float:
-    """Bytes per GPU, see `check_memory`."""
-    layers = config.num_layers + config.get("num_single_layers", 0)
+def memory_needed(s: Settings, frozen: int, trained: int, layers: int, world: int) -> float:
+    """Bytes per GPU: 2 for a frozen parameter, 4 each for weight, gradient and average of a trained
+    one, 8 (2 in 8 bits) for its moments; divided by the processes if sharded, but for two blocks.
+    """
     weights = 2 * frozen + trained * (12 + (8 if s.optimizer == "adamw" else 2))
     if s.shard:
         weights = weights / world + 2 * 2 * frozen / layers
     kept = layers if s.checkpointing else 40 * layers
-    return loading.memory_needed(weights, FAMILIES[s.family], 1024**2, s.micro_batch, kept)
+    return loading.memory_needed(weights, FAMILIES[s.family], s.side**2, s.micro_batch, kept)
 
 
 def text_parts(family: Family, base: str | None) -> list[str]:

@@ -45,14 +45,6 @@ def import_diffusers() -> Any:
     return diffusers
 
 
-def library_class(module: Any, name: str) -> type:
-    """A class of diffusers or transformers. Raises: ImportError if this version has none."""
-    if not hasattr(module, name):
-        package, version = module.__name__, module.__version__
-        raise ImportError(f"{package} {version} has no {name}: pip install -U {package}")
-    return getattr(module, name)
-
-
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
     """Errors of a library, of whatever type, become one that begins with `what`: the file at fault.
@@ -119,11 +111,13 @@ class Conditions(NamedTuple):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Conditions":
         """The same there; floating-point parts in `dtype`."""
-        return Conditions(*(
-            value if value is None
-            else value.to(device, dtype if value.is_floating_point() else value.dtype)
-            for value in self
-        ))  # fmt: skip
+
+        def move(value: Tensor | None) -> Tensor | None:
+            if value is None or not value.is_floating_point():
+                return value if value is None else value.to(device)
+            return value.to(device, dtype)
+
+        return Conditions(*map(move, self))
 
     @staticmethod
     def stack(parts: Sequence["Conditions"]) -> "Conditions":
@@ -155,18 +149,23 @@ class Family:
     embeds_guidance = True  # else two branches: with the prompt, and with negative_prompt
     negative_prompt: str | None = None
     edits = False  # takes reference images
+    vae_of_videos = False  # (B, C, frames, H, W)
+    vae_of_patches = False  # latents are scaled as patches of 4 C channels
     lora_targets: str  # of the published adapters; {last}: number of the last block
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str], max_length: int = 512):
-        """Prompts -> `Conditions`, by the pipeline's text encoders, on its execution device."""
-        with torch.no_grad():
-            encoded = pipe.encode_prompt(
-                prompt=list(prompts), device=pipe._execution_device, max_sequence_length=max_length
-            )
-        return self._conditions(encoded)
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], max_length: int = 512
+    ) -> Conditions:
+        """By the pipeline's text encoders, on its execution device."""
+        embeds, second, *_ = pipe.encode_prompt(
+            prompt=list(prompts), device=pipe._execution_device, max_sequence_length=max_length
+        )
+        return self._conditions(embeds, second)
 
-    def _conditions(self, encoded: tuple) -> Conditions:
-        return Conditions(encoded[0])
+    def _conditions(self, embeds: Tensor, second: Any) -> Conditions:
+        """From what the pipeline's `encode_prompt` returns first and second."""
+        return Conditions(embeds)
 
     def embedded_guidance(self, transformer: nn.Module) -> float | None:
         """The guidance to embed by default; None if this transformer embeds none.
@@ -205,32 +204,38 @@ class Family:
         """
         return net(**self.network_inputs(x, t, conditions, guidance), return_dict=False)[0]
 
+    def vae_scaling(self, vae: nn.Module) -> tuple[Any, Any]:
+        """(mean, std): the VAE takes x * std + mean; numbers, or one for each channel."""
+        raise NotImplementedError
+
+    def _scaled(self, vae: nn.Module, x: Tensor, backward: bool = False) -> Tensor:
+        mean, std = (torch.as_tensor(v).to(x).view(1, -1, 1, 1) for v in self.vae_scaling(vae))
+        x = F.pixel_unshuffle(x, PATCH) if self.vae_of_patches else x
+        x = (x - mean) / std if backward else x * std + mean
+        return F.pixel_shuffle(x, PATCH) if self.vae_of_patches else x
+
     @torch.no_grad()
     def decode(self, pipe: Any, x: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W) in about [-1, 1], by the pipeline's VAE.
 
         One at a time: at this size the VAE needs more memory per image than the transformer.
         """
-        vae, images = pipe.vae, []
-        for latent in x.split(1):
-            latent = self._to_vae(vae, latent).to(vae.dtype)
-            images.append(self._flat(vae.decode(latent, return_dict=False)[0]).float())
+        images = []
+        for latent in self._scaled(pipe.vae, x).to(pipe.vae.dtype).split(1):
+            latent = latent[:, :, None] if self.vae_of_videos else latent
+            image = pipe.vae.decode(latent, return_dict=False)[0].float()
+            images.append(image[:, :, 0] if self.vae_of_videos else image)
         return torch.cat(images)
 
     @torch.no_grad()
     def encode(self, pipe: Any, images: Tensor) -> Tensor:
         """The inverse of `decode`: images (B, 3, 8 H, 8 W) in [-1, 1] -> latents (B, C, H, W)."""
-        vae, latents = pipe.vae, []
-        for image in images.split(1):
-            image = self._unflat(image.to(vae.device, vae.dtype))
-            latents.append(self._from_vae(vae, vae.encode(image).latent_dist.mode().float()))
-        return torch.cat(latents)
-
-    def _flat(self, image: Tensor) -> Tensor:
-        return image
-
-    def _unflat(self, image: Tensor) -> Tensor:
-        return image
+        latents = []
+        for image in images.to(pipe.vae.device, pipe.vae.dtype).split(1):
+            image = image[:, :, None] if self.vae_of_videos else image
+            latent = pipe.vae.encode(image).latent_dist.mode().float()
+            latents.append(latent[:, :, 0] if self.vae_of_videos else latent)
+        return self._scaled(pipe.vae, torch.cat(latents), backward=True)
 
 
 class Qwen(Family):
@@ -243,36 +248,22 @@ class Qwen(Family):
     guidance = 4.0
     embeds_guidance = False
     negative_prompt = ""
+    vae_of_videos = True
     lora_targets = (
         r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)|"
         r"transformer_blocks\.(?!{last}\.)\d+\.txt_mlp\.net\.(0\.proj|2)|"
         r"time_text_embed\.timestep_embedder\.linear_[12]"
     )
 
-    def _conditions(self, encoded: tuple) -> Conditions:
-        return Conditions(encoded[0], mask=encoded[1])  # no mask where no prompt is padded
+    def _conditions(self, embeds: Tensor, second: Any) -> Conditions:
+        return Conditions(embeds, mask=second)  # None where no prompt is padded
 
     def _add_inputs(self, inputs: dict, x: Tensor, conditions: Conditions) -> None:
         inputs["encoder_hidden_states_mask"] = conditions.mask
         inputs["img_shapes"] = [[(1, x.shape[-2] // PATCH, x.shape[-1] // PATCH)]] * len(x)
 
-    def _statistics(self, vae: Any, x: Tensor) -> list[Tensor]:
-        values = (vae.config.latents_mean, vae.config.latents_std)
-        return [torch.tensor(value).to(x).view(1, -1, 1, 1) for value in values]
-
-    def _to_vae(self, vae: Any, x: Tensor) -> Tensor:
-        mean, std = self._statistics(vae, x)
-        return self._unflat(x * std + mean)
-
-    def _from_vae(self, vae: Any, x: Tensor) -> Tensor:
-        mean, std = self._statistics(vae, x)
-        return (self._flat(x) - mean) / std
-
-    def _flat(self, image: Tensor) -> Tensor:
-        return image[:, :, 0]  # a VAE of videos: (B, C, frames, H, W)
-
-    def _unflat(self, image: Tensor) -> Tensor:
-        return image[:, :, None]
+    def vae_scaling(self, vae: nn.Module) -> tuple[Any, Any]:
+        return vae.config.latents_mean, vae.config.latents_std
 
 
 class Flux(Family):
@@ -290,8 +281,8 @@ class Flux(Family):
         r"time_text_embed\.timestep_embedder\.linear_[12]"
     )
 
-    def _conditions(self, encoded: tuple) -> Conditions:
-        return Conditions(encoded[0], pooled=encoded[1])
+    def _conditions(self, embeds: Tensor, second: Any) -> Conditions:
+        return Conditions(embeds, pooled=second)
 
     def _add_inputs(self, inputs: dict, x: Tensor, conditions: Conditions) -> None:
         """Ids (0, row, column), no batch axis; all text tokens are at 0."""
@@ -300,11 +291,8 @@ class Flux(Family):
         inputs["img_ids"] = F.pad(_positions(x), (1, 0)).float()
         inputs["txt_ids"] = torch.zeros(length, 3, device=x.device)
 
-    def _to_vae(self, vae: Any, x: Tensor) -> Tensor:
-        return x / vae.config.scaling_factor + vae.config.shift_factor
-
-    def _from_vae(self, vae: Any, x: Tensor) -> Tensor:
-        return (x - vae.config.shift_factor) * vae.config.scaling_factor
+    def vae_scaling(self, vae: nn.Module) -> tuple[Any, Any]:
+        return vae.config.shift_factor, 1 / vae.config.scaling_factor
 
 
 class Flux2(Family):
@@ -316,6 +304,7 @@ class Flux2(Family):
     width = 6144
     guidance = 4.0
     edits = True
+    vae_of_patches = True
     lora_targets = (
         r"single_transformer_blocks\.\d+\.attn\.to_out|"
         r"transformer_blocks\.\d+\.(ff|ff_context)\.linear_(in|out)|"
@@ -359,17 +348,9 @@ class Flux2(Family):
             tensors, samples, None, pipe._execution_device, pipe.vae.dtype
         )
 
-    def _statistics(self, vae: Any, x: Tensor) -> list[Tensor]:
+    def vae_scaling(self, vae: nn.Module) -> tuple[Any, Any]:
         var = vae.bn.running_var + vae.config.batch_norm_eps
-        return [value.to(x).view(1, -1, 1, 1) for value in (vae.bn.running_mean, var.sqrt())]
-
-    def _to_vae(self, vae: Any, x: Tensor) -> Tensor:
-        mean, std = self._statistics(vae, x)  # of patches of 4 C channels
-        return F.pixel_shuffle(F.pixel_unshuffle(x, PATCH) * std + mean, PATCH)
-
-    def _from_vae(self, vae: Any, x: Tensor) -> Tensor:
-        mean, std = self._statistics(vae, x)
-        return F.pixel_shuffle((F.pixel_unshuffle(x, PATCH) - mean) / std, PATCH)
+        return vae.bn.running_mean, var.sqrt()
 
 
 FAMILIES = {family.name: family for family in (Qwen(), Flux(), Flux2())}

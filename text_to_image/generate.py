@@ -122,7 +122,7 @@ def load(
         raise ValueError(f"offload {offload!r} needs a GPU; on a CPU use none")
     if tiny and (base or quantize != "none"):
         raise ValueError("tiny: builds its own base, unquantised; leave out base and quantize")
-    pipeline = dm.library_class(dm.import_diffusers(), family.pipeline)
+    pipeline = loading.pipeline_class(family)
     dm.require_package("peft", "an adapter's LoRA")
     where = adapter or (ADAPTERS.get(model) if tiny else f"{card.repo}/{card.subfolder}")
     found = read_adapter(str(where)) if where else None
@@ -171,7 +171,7 @@ def add_adapters(
         for (where, strength), style in zip(loras, styles, strict=True):
             name = f"style{len(strengths)}"
             with dm.naming(f"LoRA {where}"):
-                pipe.load_lora_weights(style, adapter_name=name, use_safetensors=True)
+                pipe.load_lora_weights(**style, adapter_name=name)
             strengths[name] = strength
         apply_adapter(pipe.transformer, adapter, scale)
     if strengths:

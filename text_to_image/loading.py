@@ -1,13 +1,4 @@
-"""Base models of the families: loading, quantisation, offloading, and how much memory they need.
-
-    modules = empty_components(family, base)         shapes without weights, from the configs
-    sizes = component_sizes(family, modules, base)   bytes
-    print(check_memory(need, device, parts, helps))
-    pipe = load_base(family, base)
-    place(pipe, device)
-
-All that can be checked is, before tens of GB are loaded.
-"""
+"""Base models of the families: loading, quantisation, offloading, and how much memory they need."""
 
 import gc
 import warnings
@@ -22,7 +13,6 @@ from text_to_image.families import (
     PATCH,
     Family,
     import_diffusers,
-    library_class,
     naming,
     require_package,
 )
@@ -51,15 +41,14 @@ def offload_help(names: Iterable[str]) -> str:
 
 
 def pipeline_class(family: Family) -> type:
-    """The family's pipeline in diffusers. Raises: ImportError if this version has none."""
-    return library_class(import_diffusers(), family.pipeline)
+    """The family's pipeline in diffusers."""
+    return getattr(import_diffusers(), family.pipeline)
 
 
 def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Module]:
-    """Transformer, VAE and text encoders on the meta device: shapes without weights.
+    """Transformer, VAE and text encoders on the meta device, from the configs alone.
 
-    Made from the configs alone; nothing large is fetched and no memory is used.
-    Raises: OSError or ValueError that names the base; ImportError for an unknown class.
+    Raises: OSError or ValueError that names the base.
     """
     diffusers = import_diffusers()
     import transformers
@@ -67,24 +56,24 @@ def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Mo
     base, modules = base or family.repo, {}
     with naming(f"base {base}"), torch.device("meta"):
         index = pipeline_class(family).load_config(base)
-        if (found := index.get("_class_name")) != family.pipeline:
-            raise ValueError(f"it is of a {found}, not a {family.pipeline}")
+        if index["_class_name"] != family.pipeline:
+            raise ValueError(f"it is of a {index['_class_name']}, not a {family.pipeline}")
         for name, part in index.items():
             if not isinstance(part, list | tuple) or part[1] is None:
                 continue
             if name in ("transformer", "vae"):
-                cls = library_class(diffusers, part[1])
+                cls = getattr(diffusers, part[1])
                 config = cls.load_config(base, subfolder=name)
                 quantized = config.pop("quantization_config", None)
                 modules[name] = cls.from_config(config)
-                modules[name].quantized = quantized is not None
             elif name.startswith("text_encoder"):
-                cls = library_class(transformers, part[1])
+                cls = getattr(transformers, part[1])
                 config = cls.config_class.from_pretrained(base, subfolder=name)
+                quantized = getattr(config, "quantization_config", None)
                 modules[name] = cls(config)
-                modules[name].quantized = hasattr(config, "quantization_config")
-        if missing := {"transformer", "vae"} - modules.keys():
-            raise ValueError(f"no {' and '.join(sorted(missing))} in its model_index.json")
+            else:
+                continue
+            modules[name].quantized = quantized is not None
         vae = modules["vae"].config
         tokens = modules["transformer"].config["in_channels"]
         latents = vae.get("latent_channels") or vae["z_dim"]
@@ -95,10 +84,7 @@ def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Mo
 
 
 def quantization_config(family: Family, quantize: str, dtype: torch.dtype) -> Any:
-    """The diffusers config that quantises transformer and large text encoder while loading.
-
-    Raises: ImportError if the backend is missing; ValueError for nf4 without CUDA.
-    """
+    """The diffusers config that quantises transformer and large text encoder while loading."""
     diffusers = import_diffusers()
     import transformers
 
@@ -128,11 +114,8 @@ def load_base(
 ) -> Any:  # fmt: skip
     """The base pipeline of diffusers, on the CPU; `without` names components to leave out.
 
-    A base that is stored quantised (FLUX.2-dev-bnb-4bit) is loaded as it is. Weights are read from
-    safetensors files alone: nothing is unpickled.
-
-    Args: base: Hub repository or folder in place of the family's.
-    Raises: OSError or ValueError that names the base; ImportError for a missing package.
+    A base that is stored quantised (FLUX.2-dev-bnb-4bit) is loaded as it is. Only safetensors files
+    are read. Raises: OSError or ValueError that names the base.
     """
     pipeline, base = pipeline_class(family), base or family.repo
     options = dict.fromkeys(without)
@@ -191,13 +174,10 @@ def stored_bytes(base: str, component: str) -> int:
     """Size of a component's safetensors files, in a folder or on the Hub."""
     folder = Path(base)
     if not folder.is_dir():
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import HfApi
 
-        try:
-            files = HfApi().list_repo_tree(base, component)
-            return sum(file.size for file in files if file.path.endswith(".safetensors"))
-        except OSError:  # offline: what was downloaded before
-            folder = Path(snapshot_download(base, local_files_only=True))
+        files = HfApi().list_repo_tree(base, component)
+        return sum(file.size for file in files if file.path.endswith(".safetensors"))
     return sum(path.stat().st_size for path in (folder / component).glob("*.safetensors"))
 
 

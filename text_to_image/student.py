@@ -1,11 +1,7 @@
 """One base transformer as teacher and as student, and the student's adapter.
 
-    roles = TwoRoles(pipe.transformer, family)                     frozen base + LoRA, norm, head
-    student = make_student(roles, conditions, spec, guidance)      (x, t) -> policy
-    teacher = make_teacher(roles, conditions, negative, guidance)  (x, t) -> u
-    write_adapter(folder, adapter_of(roles, weights, spec, sampling))
-
-The teacher is the base as it was loaded.
+The base is frozen; the student is the base with a LoRA, an output norm and a policy head. Teacher:
+the base as it was loaded.
 """
 
 import contextlib
@@ -82,11 +78,9 @@ class TwoRoles:
         )  # fmt: skip
         transformer.add_adapter(lora, LORA_NAME)
         norm = copy.deepcopy(transformer.norm_out)
+        head = policy_head(transformer.proj_out, policy, components, logstd_width)
         if policy == "gmflow":
-            head = gm_head(transformer.proj_out, components, logstd_width)
             head.watch(norm)
-        else:
-            head = dx_head(transformer.proj_out, components, policy)
         self.switches = Switch(transformer.norm_out, norm), Switch(transformer.proj_out, head)
         transformer.norm_out, transformer.proj_out = self.switches
         self.lora = [m for m in transformer.modules() if isinstance(m, BaseTunerLayer)]
@@ -130,36 +124,32 @@ def _autocast(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def gm_head(proj_out: nn.Linear, components: int, logstd_width: int) -> GMHead:
-    """The base's velocity for every component, noise on its bias, equal weights, one std."""
-    rows, device = proj_out.out_features, proj_out.weight.device
-    head = GMHead(proj_out.in_features, rows, components, logstd_width).to(device)
-    weight = proj_out.weight.float()
-    bias = None if proj_out.bias is None else proj_out.bias.float()
-    channels = rows // PATCH**2
-    weight, bias = repeat_head(weight, bias, components, channels, INITIAL_STD, inner=PATCH**2)
-    head.means.weight.copy_(weight)
-    head.means.bias.copy_(bias)
-    hidden, last = head.logstds[1], head.logstds[3]
-    nn.init.xavier_uniform_(hidden.weight)
-    for parameter in (*head.logweights.parameters(), hidden.bias, last.weight):
-        nn.init.zeros_(parameter)
-    nn.init.constant_(last.bias, math.log(INITIAL_STD))
-    return head
+def policy_head(proj_out: nn.Linear, policy: str, copies: int, logstd_width: int) -> nn.Module:
+    """The base's velocity, for every component or grid point; polynomial orders above 0 are zero.
 
-
-@torch.no_grad()
-def dx_head(proj_out: nn.Linear, components: int, policy: str) -> nn.Linear:
-    """The base's velocity at every grid point; of a polynomial, orders above 0 are zero."""
-    rows, device = proj_out.out_features, proj_out.weight.device
-    weight, bias = repeat_head(proj_out.weight, proj_out.bias, components, rows)
+    gmflow: noise on the bias tells the components apart; equal weights, one standard deviation.
+    """
+    width, rows = proj_out.in_features, proj_out.out_features
+    spread = INITIAL_STD if policy == "gmflow" else 0.0
+    weight, bias = repeat_head(
+        proj_out.weight.float(), proj_out.bias, copies, rows // PATCH**2, spread, inner=PATCH**2
+    )
     if policy == "dx-polynomial":
         weight[rows:] = 0
         bias[rows:] = 0
-    head = nn.Linear(proj_out.in_features, len(weight), proj_out.bias is not None).to(device)
-    head.weight.copy_(weight)
-    if head.bias is not None:
-        head.bias.copy_(bias)
+    if policy == "gmflow":
+        head = GMHead(width, rows, copies, logstd_width).to(weight.device)
+        layer, (hidden, last) = head.means, (head.logstds[1], head.logstds[3])
+        nn.init.xavier_uniform_(hidden.weight)
+        for parameter in (*head.logweights.parameters(), hidden.bias, last.weight):
+            nn.init.zeros_(parameter)
+        nn.init.constant_(last.bias, math.log(INITIAL_STD))
+    else:
+        head = nn.Linear(width, copies * rows, proj_out.bias is not None).to(weight.device)
+        layer = head
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
     return head
 
 

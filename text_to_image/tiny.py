@@ -1,16 +1,10 @@
 """Small stand-ins of the base models and of their adapters, for --tiny and the tests.
 
-    pipe = demo_pipeline(FAMILIES["qwen"])  # Qwen-Image: a trained model of clothes; FLUX: random
-    pipe = tiny_pipeline(FAMILIES["qwen"])  # random weights, with text encoder and VAE
-    apply_adapter(pipe.transformer, tiny_adapter(pipe.transformer, gmflow=True))
-
-They go through the same code as the real ones. The pictures of random weights are noise.
-
-The model of clothes draws Fashion-MNIST from words: diffusers' own transformer class, 1.4M
-parameters, trained by assets/train_tiny_text_teacher.py. In place of the text encoder every word
-has a fixed random vector, seeded by its letters: there is no vocabulary, and a word that was never
-seen does little. In place of the VAE, the 2 x 2 blocks of pixels are the four channels of a latent
-pixel. Images are 112 x 112: 28 x 28, four times enlarged.
+The model of clothes (for Qwen-Image) draws Fashion-MNIST from words: diffusers' own transformer
+class, 1.4M parameters, trained by assets/train_tiny_text_teacher.py. In place of the text encoder
+every word has a fixed random vector, seeded by its letters: there is no vocabulary, and a word that
+was never seen does little. In place of the VAE, the 2 x 2 blocks of pixels are the four channels of
+a latent pixel. Images are 112 x 112: 28 x 28, four times enlarged. FLUX models are random: noise.
 """
 
 import re
@@ -166,21 +160,20 @@ VAE = {
     "layers_per_block": 1, "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
-IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-LANGUAGE = {"vocab_size": 258, "num_attention_heads": 2, "num_key_value_heads": 2, **IDS}
+IDS = {"vocab_size": 258, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+TEXT = IDS | {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def _qwen_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-    text = {
-        **LANGUAGE, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
+    text = TEXT | {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
         "max_position_embeddings": 2048, "rope_parameters": rope, "rope_scaling": rope,
     }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
-        "out_hidden_size": 24,
-    }  # fmt: skip
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision | {"out_hidden_size": 24}
+    )
     return {
         "transformer": diffusers.QwenImageTransformer2DModel(
             **NETWORK, out_channels=4, axes_dims_rope=(2, 4, 6)
@@ -195,13 +188,9 @@ def _qwen_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
 
 
 def _flux_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
-    clip = transformers.CLIPTextConfig(
-        vocab_size=258, hidden_size=20, intermediate_size=20, num_hidden_layers=1,
-        num_attention_heads=2, **IDS,
-    )  # fmt: skip
-    t5 = transformers.T5Config(
-        vocab_size=258, d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2
-    )
+    clip = IDS | {"hidden_size": 20, "intermediate_size": 20, "num_hidden_layers": 1}
+    clip = transformers.CLIPTextConfig(**clip, num_attention_heads=2)
+    t5 = {"vocab_size": 258, "d_model": 24, "d_kv": 12, "d_ff": 32, "num_layers": 1}
     return {
         "transformer": diffusers.FluxTransformer2DModel(
             **NETWORK, num_single_layers=2, pooled_projection_dim=20, axes_dims_rope=(2, 4, 6),
@@ -210,21 +199,18 @@ def _flux_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
         "vae": diffusers.AutoencoderKL(**VAE, scaling_factor=0.4, shift_factor=0.1),
         "text_encoder": transformers.CLIPTextModel(clip),
         "tokenizer": _byte_tokenizer(77),
-        "text_encoder_2": transformers.T5EncoderModel(t5),
+        "text_encoder_2": transformers.T5EncoderModel(transformers.T5Config(**t5, num_heads=2)),
         "tokenizer_2": _byte_tokenizer(512),
     }  # fmt: skip
 
 
 def _flux2_parts(diffusers: Any, transformers: Any) -> dict[str, Any]:
     size = {"hidden_size": 8, "intermediate_size": 8}
-    text = {  # the pipeline reads the layers 10, 20 and 30
-        **LANGUAGE, **size, "model_type": "mistral", "num_hidden_layers": 31, "head_dim": 4,
-    }  # fmt: skip
-    vision = {
-        **size, "model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2,
-        "image_size": 32, "patch_size": 16,
-    }  # fmt: skip
-    config = transformers.Mistral3Config(text_config=text, vision_config=vision)
+    text = TEXT | size | {"model_type": "mistral", "num_hidden_layers": 31, "head_dim": 4}
+    vision = size | {"model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Mistral3Config(  # the pipeline reads the layers 10, 20 and 30
+        text_config=text, vision_config=vision | {"image_size": 32, "patch_size": 16}
+    )
     return {
         "transformer": diffusers.Flux2Transformer2DModel(
             **NETWORK, num_single_layers=2, axes_dims_rope=(2, 2, 4, 4),

@@ -216,7 +216,7 @@ def test_a_damaged_base_is_named(tmp_path):
         loading.load_base(family, str(tmp_path))
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace('"AutoencoderKL"', '"AutoencoderOfTomorrow"'))
-    with pytest.raises(ImportError, match="has no AutoencoderOfTomorrow: pip install -U diffusers"):
+    with pytest.raises(ValueError, match=f"base {tmp_path}: .*AutoencoderOfTomorrow"):
         loading.empty_components(family, str(tmp_path))
     index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
     with pytest.raises(ValueError, match="it is of a FluxKontextPipeline, not a FluxPipeline"):
@@ -242,9 +242,7 @@ def test_guidance_of_a_base_that_embeds_none():
         guidance_of("qwen", True)
 
 
-def test_missing_packages_and_versions_are_one_line(monkeypatch):
-    with pytest.raises(ImportError, match="diffusers [0-9.]+ has no FluxPipeline9: pip install -U"):
-        dm.library_class(diffusers, "FluxPipeline9")
+def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setattr(dm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="diffusers.*pip install -r requirements-extra.txt"):
         dm.import_diffusers()
