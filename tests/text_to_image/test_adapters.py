@@ -194,6 +194,7 @@ def test_policy_settings():
         ("dxqwen", ..., {"segments": 0.2}, "'segments': 0.2"),
         ("dxqwen", ..., {"mode": "cubic"}, "'mode': 'cubic'"),
         ("dxqwen", ..., {"segment_size": 0}, "'segment_size': 0,"),
+        ("dxqwen", ..., {"segment_size": "big"}, "'segment_size': 'big'"),
         ("dxqwen", ..., {"shift": -1}, "'shift': -1"),
     ],
 )
