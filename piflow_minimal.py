@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-6  # the smallest t, and the smallest denominator, of velocities and rollouts
+NUMBER = (int, float)
 Time = float | Tensor
 Generator = torch.Generator | list[torch.Generator] | None  # a list: one for each sample
 Teacher = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> u
@@ -270,7 +271,7 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
     Returns: x_end (B, C, *). Raises: ValueError for an unknown solver, or "exact" without `flow`.
     """
     x = _upcast(x)
-    if through is None and isinstance(tau_start, (int, float)) and isinstance(tau_end, int | float):
+    if through is None and isinstance(tau_start, NUMBER) and isinstance(tau_end, NUMBER):
         longest = tau_start - tau_end
     elif x.device.type == "cpu":
         longest = None  #  there the number of substeps itself can be read, at no cost
@@ -406,7 +407,7 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
     if dropout:
         detached = detached.dropout(dropout, generator)
     options = {"shift": shift, "total_substeps": total_substeps, "solver": solver}
-    options["longest"] = segment_size if isinstance(segment_size, (int, float)) else None
+    options["longest"] = segment_size if isinstance(segment_size, NUMBER) else None
 
     # 1. When: the teacher is queried at tau_a, and its Euler step ends at tau_b. Of what the window
     # leaves of the segment the policy has covered (1 - r) place by then, and the teacher r cuts.
@@ -597,7 +598,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 def _per_sample(value: Time, x: Tensor) -> Tensor:
     """A number, () or (B,) -> (B,), of the dtype and on the device of x."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, NUMBER):
         return x.new_full((len(x),), value)  #  a copy of the number would force a device sync
     return torch.as_tensor(value, device=x.device, dtype=x.dtype).expand(len(x))
 
