@@ -34,7 +34,7 @@ LATENT_SCALE = 0.18215  # of its latents
 PIXELS = "pixel-shuffle"  # latents are images, 2 x 2 pixels in four channels
 
 
-# ---- The network ----------------------------------------------------------------------------------
+# ---- The network ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class DiT(nn.Module):
         return self.final_layer(h, condition)
 
 
-# ---- Teachers and students ------------------------------------------------------------------------
+# ---- Teachers and students -----------------------------------------------------------------------
 
 
 def guided_teacher(
