@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 
-from common.plots import BLUE, GREY, VERMILION, image_rows, new_figure, save_figure
+from common.plots import (
+    BLUE,
+    COLORS,
+    GREEN,
+    LIGHT,
+    LINES,
+    image_rows,
+    new_figure,
+    save_figure,
+)
 from common.teachers import guided_velocity, integrate_teacher
 from piflow_minimal import rollout
 from toy_2d import Settings, make_density, train
@@ -43,47 +52,56 @@ def segment() -> None:
         arrowprops={"arrowstyle": "->"}, **text,
     )  # fmt: skip
     for m, tau in enumerate(queries, 1):
-        axis.plot(tau, 0, "o", color=VERMILION, markersize=8, zorder=3)
-        axis.plot([tau, tau - window], [0.3, 0.3], color=VERMILION, linewidth=3)
+        axis.plot(tau, 0, "o", color=GREEN, markersize=8, zorder=3)
+        axis.plot([tau, tau - window], [0.3, 0.3], color=GREEN, linewidth=3)
         label = rf"query {m} at $\tau_{m}$"
-        axis.text(tau, -0.62, label, color=VERMILION, **text)
-    axis.text(0.52, 0.45, "micro-window", color=VERMILION, **text)
+        axis.text(tau, -0.62, label, color=GREEN, **text)
+    axis.text(0.52, 0.45, "micro-window", color=GREEN, **text)
     compared = "the teacher's velocity and the policy's (with gradient)\nare compared at each query"
-    axis.text(0.5, 1.55, compared, color=VERMILION, **text)
+    axis.text(0.5, 1.55, compared, color=GREEN, **text)
     substeps = "substeps of the detached policy: no network, no gradient"
     axis.text(0.5, -1.2, substeps, color=BLUE, **text)
     save_figure(figure, FOLDER / "segment.png")
 
 
+@torch.no_grad()
 def arrows() -> None:
-    """One rollout of a weak student (one component, 150 iterations), with both velocities."""
+    """One rollout of a student after 60 iterations, with both velocities at two queried states."""
     density = make_density("checkerboard")
-    settings = Settings(iterations=150, batch=256, components=1, device="cpu")
-    student, noise = train(density, settings), torch.tensor([[-2.5, 2.35]])
-    tau = torch.tensor([[0.55], [0.25]])
-    with torch.no_grad():
-        policy, path = student(noise, torch.ones(1)), []
-        watch = {"callback": lambda i, tau, x: path.append(x), "through": tau}
-        end, states = rollout(policy, noise, 1.0, 0.0, **watch)
-    figure, axis = new_figure(size=(6.2, 5.0))
-    data = density.sample(8000, torch.Generator().manual_seed(0))
-    axis.scatter(*data.T, s=1.5, color="0.82", rasterized=True)
-    axis.set(xlim=(-2.75, -0.6), ylim=(0.85, 2.6), aspect="equal", xlabel="$x$", ylabel="$y$")
-    axis.plot(*torch.cat(path).T, color=BLUE, label="rollout of the policy")
-    axis.plot(*noise[0], "o", color="white", markeredgecolor=BLUE, markersize=9, label="noise")
-    axis.plot(*end[0], "o", color=BLUE, markersize=9, label="its end")
-    for t, x, place in zip(tau, states, ((-56, -10), (8, 8)), strict=True):
-        axis.annotate(f"t = {t.item():.2f}", x[0].tolist(), place, textcoords="offset points")
-        for u, color in ((density.velocity(x, t), VERMILION), (policy.velocity(x, t), BLUE)):
-            ahead = (x - t * u)[0].tolist()  #  where the velocity points: x_0 = x - t u
-            arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 2, "shrinkA": 0}
-            axis.annotate("", ahead, x[0].tolist(), zorder=4, arrowprops=arrow)
+    settings = Settings(iterations=60, batch=256, components=8, device="cpu")
+    with torch.enable_grad():
+        student = train(density, settings)
+    noise = torch.tensor([[0.88, 2.34]])
+    policy = student(noise, torch.ones(1))
+    paths = {"teacher": [], "gmflow": []}
+    keep = {name: (lambda i, t, x, p=path: p.append(x)) for name, path in paths.items()}
+    integrate_teacher(density.velocity, noise, 128, callback=keep["teacher"])
+    rollout(policy, noise, 1.0, 0.0, callback=keep["gmflow"])
+
+    figure, axis = new_figure(size=(7.6, 4.4))
+    data = density.sample(12000, torch.Generator().manual_seed(0))
+    axis.scatter(*data.T, s=2, color=LIGHT, rasterized=True, label="data")
+    names = {"teacher": "teacher's trajectory", "gmflow": "rollout of the policy"}
+    for kind, name in names.items():
+        x = torch.cat(paths[kind])
+        axis.plot(*x.T, **LINES[kind], linewidth=2, label=name)
+        axis.plot(*x[-1], "o", color=COLORS[kind], markersize=7)
+    axis.plot(*noise[0], "o", color="white", markeredgecolor="black", markersize=9, label="noise")
+    for level, place in ((0.6, (-58, -2)), (0.3, (-4, -18))):
+        x = paths["gmflow"][round((1 - level) * 128)]
+        t = torch.tensor([level])
         axis.plot(*x[0], "o", color="black", markersize=6, zorder=5)
+        axis.annotate(f"t = {level}", x[0].tolist(), place, textcoords="offset points")
+        for kind, velocity in (("teacher", density.velocity), ("gmflow", policy.velocity)):
+            ahead = (x - t * velocity(x, t))[0].tolist()  # where it points: x_0 = x - t u
+            arrow = {"arrowstyle": "-|>", "color": COLORS[kind], "linewidth": 2, "shrinkA": 0}
+            axis.annotate("", ahead, x[0].tolist(), zorder=4, arrowprops=arrow)
     axis.plot([], [], "o", color="black", markersize=6, label="queried states")
-    axis.plot([], [], color=VERMILION, linewidth=2, label="$-t\\,u$ of the teacher")
-    axis.plot([], [], color=BLUE, linewidth=2, label="$-t\\,u$ of the policy")
-    axis.plot([], [], "o", color=GREY, markersize=3, label="data")
-    axis.legend(loc="upper right", frameon=True)
+    axis.plot([], [], color=COLORS["teacher"], linewidth=2, label="$-t\\,u$ of the teacher")
+    axis.plot([], [], color=COLORS["gmflow"], linewidth=2, label="$-t\\,u$ of the policy")
+    axis.set(xlim=(0.4, 2.9), ylim=(1.3, 2.55), aspect="equal", xlabel="$x$", ylabel="$y$")
+    axis.grid(False)
+    axis.legend(loc="upper right")
     save_figure(figure, FOLDER / "rollout.png")
 
 

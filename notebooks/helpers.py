@@ -1,10 +1,15 @@
 """What the notebooks share: checks, states of a rollout, and the small students of notebook 2."""
 
+import math
+
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
+from torch import nn
 
-from piflow_minimal import GaussianMixture, GMFlowPolicy, pi_id_loss, rollout
+from common.teachers import endpoint_rmse
+from piflow_minimal import GaussianMixture, GMFlowPolicy, pi_id_loss, rollout, sample
+from toy_2d import Student, energy_distance
 
 
 def check(claim, a, b, tolerance=1e-9):
@@ -86,3 +91,97 @@ def overfit(k, teacher, x_src, iterations):
         optimizer.step()
         schedule.step()
     return GMFlowPolicy(GaussianMixture(*parameters), x_src, 1.0).detach()
+
+
+# ---- Notebooks 2 and 2b --------------------------------------------------------------------------
+
+
+def small_student(seed=0, policy="gmflow", n=8, width=64, depth=2, nfe=1):
+    """The student of `toy_2d`, small: an MLP, (x_src (B, 2), t_src (B,)) -> policy."""
+    torch.manual_seed(seed)
+    return Student(policy, n, nfe, width, depth, frequencies=32)
+
+
+def train(student, loss_of, iterations, lr=2e-3, seed=0):
+    """Adam with a cosine. loss_of(student, generator, progress in [0, 1)) -> scalar."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr, betas=(0.9, 0.99))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for i in range(iterations):
+        loss = loss_of(student, generator, i / iterations)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        cosine.step()
+    return student.eval()
+
+
+@torch.no_grad()
+def measure(student, density, noise, teacher_end, nfe=1):
+    """Endpoint RMSE to the teacher, energy distance to its ends and, if known, the share inside."""
+    solver = student.kind.solver
+    end = sample(student, noise, nfe, total_substeps=64, solver=solver)
+    row = {"endpoint RMSE": endpoint_rmse(end, teacher_end)}
+    row["energy distance"] = energy_distance(end, teacher_end)
+    if hasattr(density, "inside"):
+        row["inside"] = float(density.inside(end).float().mean())
+    return row
+
+
+def report(name, rows):
+    """Prints mean ± standard deviation of measurements, one for every seed."""
+    cells = []
+    for key in rows[0]:
+        values = torch.tensor([row[key] for row in rows])
+        spread = f" ± {values.std():.4f}" if len(rows) > 1 else ""
+        cells.append(f"{key} {values.mean():.4f}{spread}")
+    print(f"{name:42s}" + "   ".join(cells))
+
+
+class Curves:
+    """Eight smooth curves of 32 points, each with Gaussian noise of std 0.1. States: (B, 1, 32)."""
+
+    def __init__(self, std=0.1):
+        g = torch.Generator().manual_seed(0)
+        z = torch.linspace(0, 2 * math.pi, 32)
+        a = torch.randn(8, 3, generator=g)
+        phase = 2 * math.pi * torch.rand(8, 3, generator=g)
+        c = sum(a[:, i : i + 1] * torch.sin((i + 1) * z + phase[:, i : i + 1]) for i in range(3))
+        self.curves = c / c.std()  #                                               (8, 32)
+        self.std = std
+
+    def velocity(self, x, t):
+        """The exact teacher. x: (B, 1, 32), t: (B,) -> u."""
+        x, t = x[:, 0], t.view(-1, 1).clamp(min=1e-6)
+        alpha = 1 - t
+        var = (alpha * self.std) ** 2 + t**2
+        square = self.curves.square().sum(1)
+        mean = (alpha / var * x @ self.curves.T - alpha**2 / (2 * var) * square).softmax(1)
+        mean = mean @ self.curves
+        x_0 = mean + alpha * self.std**2 / var * (x - alpha * mean)
+        return ((x - x_0) / t)[:, None]
+
+
+class PixelStudent(nn.Module):
+    """An MLP -> a GMFlow policy with K = 4 components at each of the 32 pixels by itself."""
+
+    def __init__(self, seed, k=4, width=64):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.k = k
+        hidden = [nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        self.body = nn.Sequential(*hidden)
+        self.head = nn.Linear(width, 64 * k + 1)
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias[: 32 * k] = torch.randn(k, 1).expand(k, 32).flatten()
+            self.head.bias[32 * k :] = 0
+            self.head.bias[-1] = math.log(0.3)
+
+    def forward(self, x_src, t_src):
+        output, k = self.head(self.body(x_src[:, 0])), self.k
+        x_0, log_weights = output[:, :-1].view(-1, 2, k, 1, 32).unbind(1)  #       (B, K, 1, 32)
+        u = (x_src[:, None] - x_0) / t_src.view(-1, 1, 1, 1)
+        mixture = GaussianMixture(u, output[:, -1].view(-1, 1, 1, 1), log_weights)
+        return GMFlowPolicy(mixture, x_src, t_src)

@@ -51,3 +51,25 @@ def test_colors_follow_the_noise_smoothly():
     corners = plots.colors_of(torch.tensor([[-9.0, -9], [-9, 9], [9, -9], [9, 9]]))
     distances = np.abs(corners[:, None] - corners[None]).sum(-1) + 9 * np.eye(4)
     assert distances.min() > 0.5
+
+
+def test_a_users_dollar_signs_are_no_mathematics():
+    figure, axis = plots.new_figure()
+    for text in ("costs $5 and $6", "a $ b", r"\$x^2$", "$\\bad{$"):
+        axis.set_title(plots.plain(text))
+        figure.canvas.draw()  # matplotlib raises ValueError for mathematics that it cannot read
+        shown, is_math = axis.title._preprocess_math(axis.get_title())
+        assert not is_math and shown == text
+
+
+def test_image_rows_shows_every_image_at_its_place():
+    rows = {"a": torch.full((3, 1, 4, 4), -1.0), "b": np.full((3, 4, 4, 3), 200, np.uint8)}
+    rows["a"][2] = 1.0
+    figure = plots.image_rows(rows, "title", columns=("x", "y", "z"))
+    board = figure.axes[0].images[0].get_array()
+    assert board.shape == (2 * 6, 3 * 6, 3)
+    tiles = board.reshape(2, 6, 3, 6, 3)[:, 1:-1, :, 1:-1]  #  without the white between
+    assert (tiles[0, :, :2] == 0).all() and (tiles[0, :, 2] == 255).all()
+    assert (tiles[1] == 200).all()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["x", "y", "z"]

@@ -67,6 +67,13 @@ def test_anchors_of_the_method_page_exist():
     assert used and used <= heads
 
 
+def test_the_minutes_of_a_session_add_up_to_90():
+    sessions = (ROOT / "docs" / "teaching.md").read_text().split("## Session")[1:]
+    tables = [part.split("\n## ")[0] for part in sessions]
+    minutes = [sum(map(int, re.findall(r"^\| (\d+) \|", table, re.M))) for table in tables]
+    assert minutes == [90, 90, 90]
+
+
 @pytest.mark.parametrize("which", ["main", "test"])
 def test_ci_runs_the_commands_that_it_prints(which):
     """`.ci/run` reads the command from the line below the marker and the fence."""
@@ -106,13 +113,9 @@ def test_forty_lines_equal_the_module():
         assert torch.allclose(plain["rollout"](parts, x_src, S), end, atol=1e-4)
         plain["student"] = lambda x_src: parts
 
-        def teacher(x, t):
-            rows = zip(x.split(1), t.tolist(), strict=True)
-            return torch.cat([plain["teacher"](*row) for row in rows])
-
         for steps in (0, 9, 31):
             uniforms = torch.full((64, 1), steps / S), torch.zeros(64, 0)
-            out = pi_id_loss(policy, teacher, 1.0, 1.0, num_intermediates=1, total_substeps=S,
+            out = pi_id_loss(policy, plain["teacher"], 1.0, 1.0, num_intermediates=1, total_substeps=S,
                              uniforms=uniforms)  # fmt: skip
             assert torch.allclose(plain["pi_id_loss"](x_src, steps), out.loss, rtol=1e-3)
 
