@@ -115,8 +115,8 @@ def test_forty_lines_equal_the_module():
 
         for steps in (0, 9, 31):
             uniforms = torch.full((64, 1), steps / S), torch.zeros(64, 0)
-            out = pi_id_loss(policy, plain["teacher"], 1.0, 1.0, num_intermediates=1, total_substeps=S,
-                             uniforms=uniforms)  # fmt: skip
+            teacher, options = plain["teacher"], {"num_intermediates": 1, "total_substeps": S}
+            out = pi_id_loss(policy, teacher, 1.0, 1.0, uniforms=uniforms, **options)
             assert torch.allclose(plain["pi_id_loss"](x_src, steps), out.loss, rtol=1e-3)
 
 
