@@ -1,5 +1,6 @@
 """Teachers: callables (x, t) -> u, with u = dx/dt = eps - x_0, t = 1 noise and t = 0 data."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -75,10 +76,11 @@ def check_teacher(
     teacher: Teacher, x_0: Tensor, noise: Tensor | None = None, end: Tensor | None = None,
     steps: int = 64, shift: float = 1.0, generator: torch.Generator | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Five checks of an adapter to (x, t) -> u, on data. -> {check: "ok" or what is wrong}.
+    """Six checks of an adapter to (x, t) -> u, on data. -> {check: "ok", or what is wrong}.
 
     A trained u is E[eps - x_0 | x_t]. So eps - x_0, regressed on u, has the slope 1, and no other
-    reading of the teacher's output comes closer to it. Guidance breaks this: check without it.
+    reading of the teacher's output comes closer to it. Guidance breaks this: check without it. And
+    x_0 = x - t u is a mean of data: it stays in their range, also at t = 1, where a student starts.
 
     Args:
         x_0: (B, C, *) data, some hundred numbers or more. Noise levels are uniform in [0.1, 0.9].
@@ -88,7 +90,8 @@ def check_teacher(
     eps = torch.randn(x_0.shape, generator=generator).to(x_0)
     t = 0.1 + 0.8 * torch.rand(len(x_0), generator=generator).to(x_0)
     t_x = t.view(-1, *[1] * (x_0.ndim - 1))
-    x, v = (1 - t_x) * x_0 + t_x * eps, eps - x_0
+    x = (1 - t_x) * x_0 + t_x * eps
+    v = eps - x_0
     errors, slopes = {}, {}
     times = {"t": t, "1 - t": 1 - t, "1000 t": 1000 * t, "1000 (1 - t)": 1000 * (1 - t)}
     for name, time in times.items():
@@ -97,26 +100,56 @@ def check_teacher(
         readings = {"u": slope * u, "eps": (u - x) / (1 - t_x), "x_0": (x - u) / t_x}
         errors |= {(name, kind): float((r - v).square().mean()) for kind, r in readings.items()}
     (name, kind), error = min(errors.items(), key=lambda item: item[1])
+    slope = slopes[name]
     # What knows t and nothing of the data's shape: the best multiple of x, for data of this size.
-    a, b = (1 - t_x) * x_0.square().mean(), t_x
-    linear = float(((b - a) / ((1 - t_x) * a + t_x * b) * x - v).square().mean())
-    checks = "t direction", "sign", "scale", "x_0 = x - t u"
-    slope, found = slopes[name], dict.fromkeys(checks, "ok")
+    a = (1 - t_x) * x_0.square().mean()
+    linear = (t_x - a) / ((1 - t_x) * a + t_x**2) * x
+    linear = float((linear - v).square().mean())
+
+    checks = "t direction", "sign", "scale", "x_0 = x - t u", "near t = 1", "own sampler"
+    found = dict.fromkeys(checks, "ok")
     if "1 - t" in name:
-        found["t direction"] = f"the output fits eps - x_0 better if the model is given {name}"
+        found["t direction"] = f"the model fits better at {name}: pass it 1 - t"
     if kind == "u" and slope < 0:
-        found["sign"] = "the output is x_0 - eps: u = eps - x_0 is its negative"
+        found["sign"] = "the output is x_0 - eps: negate it"
     if "1000" in name:
-        found["scale"] = f"the output fits eps - x_0 better if the model is given {name}"
+        found["scale"] = f"the model fits better at {name}: multiply the time by 1000"
     elif kind == "u" and abs(abs(slope) - 1) > 0.1:
-        found["scale"] = f"eps - x_0 is {abs(slope):.3g} times the output on average"
+        size = f"{abs(slope):.3g}"
+        found["scale"] = f"eps - x_0 is {size} times the output on average: multiply it by {size}"
     if kind != "u":
-        found["x_0 = x - t u"] = f"the output is {kind}, not a velocity"
+        convert = {"eps": "(output - x) / (1 - t)", "x_0": "(x - output) / t"}[kind]
+        found["x_0 = x - t u"] = f"the output is {kind}, not a velocity: u = {convert}"
     elif error > 1.02 * linear:
-        found["x_0 = x - t u"] = "the best multiple of x predicts eps - x_0 better"
+        found["x_0 = x - t u"] = (
+            "the best multiple of x is closer to eps - x_0: "
+            "look at the scale of the model's input, its conditioning, its training"
+        )
+    wrong = any(result != "ok" for result in found.values())
+    later = "not checked: the conversion to u comes first"
+    found["near t = 1"] = later if wrong else _check_start(teacher, x_0, eps)
     found["own sampler"] = "not checked: no noise and end"
     if noise is not None and end is not None:
         off = integrate_teacher(teacher, noise, steps, shift) - end
         off = float(off.square().mean().sqrt() / end.square().mean().sqrt().clamp(min=EPS))
-        found["own sampler"] = "ok" if off < 0.1 else f"{off:.0%} away from where it ends"
+        found["own sampler"] = "ok" if off < 0.1 else (
+            f"{off:.0%} away from where it ends: compare schedule, shift, conditioning, dropout"
+        )  # fmt: skip
     return found
+
+
+def _check_start(teacher: Teacher, x_0: Tensor, eps: Tensor) -> str:
+    """x_0 = x - t u near t = 1 against the largest number in the data."""
+    largest = float(x_0.abs().max())
+    for t in (1.0, 0.99, 0.95):
+        x = (1 - t) * x_0 + t * eps
+        x0_hat = x - t * teacher(x, x.new_full((len(x),), t))
+        rms = float(x0_hat.square().mean().sqrt())
+        if not math.isfinite(rms):
+            return f"not finite at t = {t}: clamp t to the largest noise level of the model"
+        if rms > 1.05 * largest:
+            return (
+                f"x - t u has RMS {rms:.3g} at t = {t}, and no number in the data is above "
+                f"{largest:.3g}: clamp it to their range, and let the student predict x_0"
+            )
+    return "ok"
