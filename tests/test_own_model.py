@@ -23,8 +23,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 def from_readme(name):
     """The listing under a marker of the README."""
     found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", README, re.S)
-    if not found:
-        pytest.skip(f"README.md has no listing under <!-- {name} -->")
+    assert found, f"README.md has no listing under <!-- {name} -->"
     return found[1]
 
 
