@@ -2,7 +2,7 @@
 
 
 def x_0_of_v(a, b, x_vp, v):
-    """Exercise 1: a x_vp - b v = (a^2 + b^2) x_0. No division, so nothing is blown up near t = 1."""
+    """Exercise 1: a x_vp - b v = (a^2 + b^2) x_0. Nothing is divided by a small number."""
     return a * x_vp - b * v
 
 
