@@ -156,14 +156,14 @@ def compare(settings: Settings, report=lambda rows: None) -> list[list]:
     generator = torch.Generator().manual_seed(1)
     noise, data = torch.randn(s.points, 2, generator=generator), density.sample(s.points, generator)
     end = integrate_teacher(density.velocity, noise, toy_2d.STEPS, solver="heun")
-    teacher = AsPolicy(density.velocity)
+    teacher, few_noises = AsPolicy(density.velocity), noise[:1000]
 
     def measured(name, size, outputs, nfe, ends, pushed, seconds) -> list:
         rmse = spread([endpoint_rmse(x, end) for x in ends], 3) if nfe else ""
         distance = spread([toy_2d.energy_distance(x, data) for x in ends], 4)
         return [name, size, outputs, nfe, rmse, distance, pushed, seconds]
 
-    rows = [measured("teacher", "", "", "", [end], limits(push(teacher, noise[:1000])), "")]
+    rows = [measured("teacher", "", "", "", [end], limits(push(teacher, few_noises)), "")]
     for nfe in s.nfe:
         few = rollout(teacher, noise, 1.0, 0.0, total_substeps=nfe, solver="deis")
         rows.append(measured("teacher, DEIS", "", "", nfe, [few], "", ""))
@@ -174,8 +174,8 @@ def compare(settings: Settings, report=lambda rows: None) -> list[list]:
             ends = [toy_2d.student_sample(student, noise).detach() for student in students]
             pushed = ""
             if nfe == 1:
-                policy = students[0](noise[:1000], torch.ones(1000))
-                pushed = limits(push(policy, noise[:1000]))
+                policy = students[0](few_noises, torch.ones(len(few_noises)))
+                pushed = limits(push(policy, few_noises))
             size, outputs = KINDS[name].components, students[0].head.out_features
             rows.append(measured(name, size, outputs, nfe, ends, pushed, seconds))
             report(rows)
