@@ -8,7 +8,7 @@ COUNTS = (2, 1, 3, 8, 6)
 
 
 def average_velocity(teacher, x, t, r, steps=64):
-    """Exercise 2: the teacher's average velocity from t to r. x: (B, 2); t, r: numbers. -> (B, 2)."""
+    """Exercise 2: the average velocity from t to r. x: (B, 2); t, r: numbers. -> (B, 2)."""
     start = x
     for i in range(steps):
         now = torch.full((len(x),), t - (t - r) * i / steps)
