@@ -28,10 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from common.files import write_json, writing  # noqa: F401  (moved: remove)
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
-
-atomic = writing  # moved: remove
 
 T = TypeVar("T")
 
@@ -185,12 +182,6 @@ def _check_number(
     bounds += [f"above {above:g}"] if above is not None else []
     bounds += [f"at most {high:g}"] if high is not None else []
     raise ValueError(f"{flag} is {value}; it must be {' and '.join(bounds or ['finite'])}")
-
-
-def check_interval(flag: str, interval: tuple[float, float]) -> None:  # remove
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"{flag} is {low:g} {high:g}; it must be 0 <= LOW <= HIGH <= 1")
 
 
 def run_cli(main: Callable[[], Any]) -> None:
