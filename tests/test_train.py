@@ -279,15 +279,17 @@ def test_killed_at_any_moment(tmp_path):
 def test_kill_while_a_checkpoint_is_written(tmp_path):
     out, reference = tmp_path / "run", tmp_path / "reference"
     run(out, iterations=2)
-    child = os.fork()
-    if child == 0:
-        torch.save = lambda state, path: (
-            Path(path).write_bytes(b"PK\x03\x04 half of a checkpoint"),
-            os.kill(os.getpid(), signal.SIGKILL),
-        )
-        Task.export = lambda *_: None
-        run(out)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    killed = """if True:
+        import os, pathlib, signal, sys, torch
+        import engine_task
+        def save(state, path):
+            pathlib.Path(path).write_bytes(b"PK half of a checkpoint")
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.save, engine_task.Task.export = save, lambda *_: None
+        engine_task.main(sys.argv[1:])
+    """
+    process = subprocess.run([sys.executable, "-c", killed, *flags(out=out)], env=ENVIRONMENT)
+    assert process.returncode == -signal.SIGKILL
     files = list_files(out / "checkpoints")
     assert len(files) == 2 and files[0].startswith(".tmp-") and files[1] == "step_00000002.pt"
     run(out)
