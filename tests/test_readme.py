@@ -87,7 +87,7 @@ def test_ci_runs_the_commands_that_it_prints(which):
 def test_the_root_shows_the_design():
     modules = {path.name for path in ROOT.glob("*.py")}
     assert modules == {"piflow_minimal.py", "toy_2d.py", "toy_dit_imagenet.py", "toy_qwen.py"}
-    assert len(README.splitlines()) < 260
+    assert len(README.splitlines()) < 300  # with the 50 lines of one's own model
     for page in PAGES:
         assert "{{" not in page.read_text() and "TODO" not in page.read_text()
 
