@@ -1,8 +1,8 @@
 """What a policy in bfloat16 would lose: python -m benchmarks.bf16
 
-The shipped student of one evaluation, 100 noises. The network runs once, in float32. Then its output
-is rounded to bfloat16, or the policy and its rollout compute in bfloat16. Printed is the RMSE of the
-end, in latents, to the same rollout in float32.
+The shipped student of one evaluation, 100 noises. The network runs once, in float32. Then its
+output is rounded to bfloat16, or the policy and its rollout compute in bfloat16. Printed is the
+RMSE of the end, in latents, to the same rollout in float32.
 """
 
 import torch

@@ -146,9 +146,7 @@ def words() -> None:
     for name, x in ends.items():
         rmse = (x - target).square().mean().sqrt().item()
         rows[f"{name}, endpoint RMSE {rmse:.2f}"] = qwen.decode(pipe, x)
-    figure = image_rows(rows)
-    for axis, text in zip(figure.axes, WORDS, strict=False):
-        axis.set_title(text.removeprefix("a "), fontsize=9, pad=18)
+    figure = image_rows(rows, columns=[text.removeprefix("a ") for text in WORDS])
     save_figure(figure, FOLDER.parent / "assets" / "tiny_text.png")
 
 

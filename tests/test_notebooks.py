@@ -120,7 +120,7 @@ def test_has_the_badge_and_the_first_cell_of_all(path):
 
 def run_first_cell(folder: Path) -> subprocess.CompletedProcess:
     """In a process of its own, without this repository on its path."""
-    code = FIRST_CELL + "\nimport common.plots\nprint(common.plots.__file__)"
+    code = FIRST_CELL + "\nimport common\nprint(common.__file__)"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "JPY_SESSION_NAME")}
     command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", code]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -128,12 +128,12 @@ def run_first_cell(folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_first_cell_finds_the_repository_or_says_how_to_get_it(tmp_path):
     for folder in (FOLDER.parent, FOLDER, FOLDER / "solutions"):
-        assert run_first_cell(folder).stdout.strip() == str(FOLDER.parent / "common" / "plots.py")
+        assert run_first_cell(folder).stdout.strip() == str(FOLDER.parent / "common" / "__init__.py")
     missing = run_first_cell(tmp_path)
     assert missing.returncode == 1 and missing.stderr.strip().endswith(f"!git clone {ADDRESS}")
     clone = tmp_path / "a clone" / "common"
     shutil.copytree(FOLDER.parent / "common", clone)
-    assert run_first_cell(tmp_path).stdout.strip() == str(clone / "plots.py")
+    assert run_first_cell(tmp_path).stdout.strip() == str(clone / "__init__.py")
 
 
 @each_notebook
