@@ -128,7 +128,8 @@ def run_first_cell(folder: Path) -> subprocess.CompletedProcess:
 
 def test_the_first_cell_finds_the_repository_or_says_how_to_get_it(tmp_path):
     for folder in (FOLDER.parent, FOLDER, FOLDER / "solutions"):
-        assert run_first_cell(folder).stdout.strip() == str(FOLDER.parent / "common" / "__init__.py")
+        here = str(FOLDER.parent / "common" / "__init__.py")
+        assert run_first_cell(folder).stdout.strip() == here
     missing = run_first_cell(tmp_path)
     assert missing.returncode == 1 and missing.stderr.strip().endswith(f"!git clone {ADDRESS}")
     clone = tmp_path / "a clone" / "common"
