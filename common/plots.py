@@ -33,11 +33,8 @@ SKY, PINK, GREY, LIGHT = "#56b4e9", "#cc79a7", "#7f7f7f", "#d0d0d0"
 
 # One colour and one line style for one thing, in every figure.
 COLORS = {"teacher": GREY, "gmflow": BLUE, "dx": VERMILION, "data": LIGHT}
-LINES = {
-    "teacher": {"color": GREY, "linestyle": "--"},
-    "gmflow": {"color": BLUE, "linestyle": "-"},
-    "dx": {"color": VERMILION, "linestyle": "-."},
-}
+STYLES = {"teacher": "--", "gmflow": "-", "dx": "-."}
+LINES = {name: {"color": COLORS[name], "linestyle": style} for name, style in STYLES.items()}
 DPI = 120
 FINE = 200  # dpi of a notebook's figure with four or more panels
 STYLE = {
@@ -268,7 +265,7 @@ def static_policy(teacher, run, reference: Tensor, decode, title: str) -> "Figur
     axes["distance"].set(xlim=(1, 0), ylim=(0, None))
     width = min(25, len(run.losses))
     smooth = run.losses.unfold(0, width, 1).mean(1).numpy()
-    axes["loss"].plot(run.losses.numpy(), color=LIGHT, linewidth=0.8, label="loss")
+    axes["loss"].plot(run.losses.numpy(), **line, alpha=0.3, linewidth=0.8, label="loss")
     axes["loss"].plot(range(width - 1, len(run.losses)), smooth, **line, label=f"mean of {width}")
     axes["loss"].set(title="loss", xlabel="iteration", yscale="log")
     axes["loss"].legend(frameon=False)
