@@ -14,6 +14,9 @@ unconditional prompt, and in its metadata the prompts and what encoded them. `Pr
 single rows of it, from a local or a remote folder.
 """
 
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m text_to_image.cache_prompts")
+
 import hashlib
 import json
 import math
@@ -32,15 +35,14 @@ from common.images import read_image, square
 from common.train import Place, processes
 from text_to_image.families import FAMILIES, Conditions, Family
 from text_to_image.loading import load_base, place
-from text_to_image.prompts import KNOWN, MAX_TOKENS, Row, cut_message, cut_off, read_source
+from text_to_image.prompts import KNOWN, MAX_TOKENS, Row, cut_off, read_source
 from text_to_image.tiny import demo_pipeline
-
-if not __package__:
-    raise SystemExit("start it in the repository's root: python -m text_to_image.cache_prompts")
 
 SHARD_BYTES = 1e9
 LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
 FLOAT8_MAX = 448.0  # of float8_e4m3fn
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,23 +96,18 @@ def to_float8(embeds: Tensor) -> tuple[Tensor, Tensor]:
     return (embeds.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def encode(pipe: Any, family: Family, prompts: Sequence[str], length: int) -> dict[str, list]:
-    """-> embeds: (L, D) of each prompt; pooled: (P,) of each prompt, or nothing."""
+def encode(
+    pipe: Any, family: Family, prompts: Sequence[str], length: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """-> embeddings (L, D) of each prompt, and pooled vectors (P,) of each prompt, or none."""
     conditions = family.encode_prompts(pipe, prompts, length)
     if not conditions.embeds.isfinite().all():
         raise ValueError(f"the text encoder gives values that are not finite, from {prompts[0]!r}")
-    lengths = [conditions.embeds.shape[1]] * len(prompts)
+    embeds = list(conditions.embeds.cpu())
     if conditions.mask is not None:
         lengths = conditions.mask.sum(1).tolist()
-    embeds = [row[:n].cpu() for row, n in zip(conditions.embeds, lengths, strict=True)]
-    pooled = [] if conditions.pooled is None else list(conditions.pooled.cpu())
-    return {"embeds": embeds, "pooled": pooled}
-
-
-def encode_image(pipe: Any, family: Family, path: Path, size: int) -> Tensor:
-    """Image file -> latent (C, H, W) of its centre square."""
-    pixels = square(read_image(path), size).permute(2, 0, 1) / 127.5 - 1
-    return family.encode(pipe, pixels[None])[0].cpu()
+        embeds = [row[:n].clone() for row, n in zip(embeds, lengths, strict=True)]
+    return embeds, [] if conditions.pooled is None else list(conditions.pooled.cpu())
 
 
 def cache(settings: Settings, here: Place, pipe: Any = None) -> None:
@@ -125,7 +122,7 @@ def cache(settings: Settings, here: Place, pipe: Any = None) -> None:
         without = ["transformer"] if s.images else ["transformer", "vae"]
         pipe = load_base(family, s.base, without=without)
     place(pipe, here.device)
-    negative = encode(pipe, family, [family.negative_prompt or ""], s.max_length)["embeds"][0]
+    negative = encode(pipe, family, [family.negative_prompt or ""], s.max_length)[0][0]
     value_bytes = 1 if s.float8 else negative.element_size()
     per_shard = max(1, int(SHARD_BYTES / (s.max_length * negative.shape[1] * value_bytes)))
     count = math.ceil(len(rows) / per_shard)
@@ -148,29 +145,27 @@ def cache(settings: Settings, here: Place, pipe: Any = None) -> None:
             continue
         part = rows[number * per_shard : (number + 1) * per_shard]
         prompts = [prompt for prompt, _ in part]
-        values = {"embeds": [], "pooled": []}
+        embeds, pooled = [], []
         for start in range(0, len(part), s.batch):
             batch = prompts[start : start + s.batch]
-            for i, end in enumerate(cut_off(pipe, family, batch, s.max_length)):
-                if end and not cut:
-                    line = number * per_shard + start + i + 1
-                    print(f"{cut_message(line, end, s.max_length)}; further ones are counted")
-                cut += bool(end)
-            for key, new in encode(pipe, family, batch, s.max_length).items():
-                values[key].extend(new)
-        embeds = torch.cat(values["embeds"])
-        tensors = {"embeds": embeds, "lengths": torch.tensor([len(e) for e in values["embeds"]])}
+            cut += sum(map(bool, cut_off(pipe, family, batch, s.max_length)))
+            new = encode(pipe, family, batch, s.max_length)
+            embeds += new[0]
+            pooled += new[1]
+        tensors = {"lengths": torch.tensor([len(row) for row in embeds])}
+        tensors["embeds"] = exact = torch.cat(embeds)
         if s.float8:
-            tensors["embeds"], tensors["scales"] = to_float8(embeds)
-            difference = tensors["embeds"].float() * tensors["scales"] - embeds.float()
-            errors.append((difference.norm() / embeds.float().norm()).item())
-        if values["pooled"]:
-            tensors["pooled"] = torch.stack(values["pooled"])
+            tensors["embeds"], tensors["scales"] = to_float8(exact)
+            difference = tensors["embeds"].float() * tensors["scales"] - exact.float()
+            errors.append((difference.norm() / exact.float().norm()).item())
+        if pooled:
+            tensors["pooled"] = torch.stack(pooled)
         if family.negative_prompt is not None:
             tensors["negative"] = negative
         if s.images:
-            latents = [encode_image(pipe, family, image, s.size) for _, image in part]
-            tensors["latents"] = torch.stack(latents)
+            squares = [square(read_image(image), s.size).permute(2, 0, 1) for _, image in part]
+            latents = [family.encode(pipe, image[None] / 127.5 - 1) for image in squares]
+            tensors["latents"] = torch.cat(latents).cpu()
         with writing(path) as temporary:
             save_file(tensors, temporary, about | {"prompts": json.dumps(prompts)})
     if cut:
@@ -195,9 +190,6 @@ def check_shard(path: str, about: dict[str, str]) -> bool:
 
 
 # ---- Reading -------------------------------------------------------------------------------------
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
 
 
 def read_bytes(path: str, start: int, stop: int) -> bytes:
@@ -224,21 +216,23 @@ class Shard:
             self.tensors = json.loads(read_bytes(path, 8, self.start))
             self.about = self.tensors.pop("__metadata__")
             self.prompts = json.loads(self.about.pop("prompts"))
-            self.lengths = self.rows("lengths", 0, len(self.prompts))
             end = self.start + max(value["data_offsets"][1] for value in self.tensors.values())
             if not read_bytes(path, end - 1, end):
                 raise ValueError("its end is missing")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            self.lengths = self.rows("lengths")
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged, delete it and run again: {error}") from error
 
-    def rows(self, key: str, begin: int, end: int) -> Tensor:
+    def rows(self, key: str, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows begin to end of a tensor."""
         about = self.tensors[key]
-        shape, dtype = about["shape"][1:], DTYPES[about["dtype"]]
+        count, *shape = about["shape"]
+        end = count if end is None else end
+        dtype = _TYPES[about["dtype"]]
         row_bytes = math.prod(shape) * dtype.itemsize
         start = self.start + about["data_offsets"][0]
         data = read_bytes(self.path, start + begin * row_bytes, start + end * row_bytes)
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(end - begin, *shape)
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(-1, *shape)
 
 
 class PromptCache:
@@ -252,28 +246,26 @@ class PromptCache:
         names = list_files(folder, "shard_")
         if not names:
             raise ValueError(f"--prompts {folder}: no shards; see text_to_image.cache_prompts")
-        self.shards = [Shard(join(folder, name)) for name in names]
-        wanted = self.shards[0].about | {"family": family.name, "base": base}
-        wanted["negative"] = repr(family.negative_prompt)
-        for shard in self.shards:
+        shards = [Shard(join(folder, name)) for name in names]
+        wanted = shards[0].about | {"family": family.name, "base": base}
+        wanted |= {"negative": repr(family.negative_prompt), "width": width}
+        for shard in shards:
+            given = shard.about | {"width": shard.tensors["embeds"]["shape"][1]}
             for key, value in wanted.items():
-                if shard.about.get(key) != value:
-                    given = f"{shard.path} is of {key} {shard.about.get(key)}"
-                    raise ValueError(f"{given}, needed is {value}")
-            needed = [int(shard.lengths.sum()), width]
-            if (stored := shard.tensors["embeds"]["shape"]) != needed:
-                raise ValueError(f"{shard.path}: embeddings {stored} in place of {needed}")
+                if given.get(key) != value:
+                    found = f"{shard.path} is of {key} {given.get(key)}"
+                    raise ValueError(f"{found}, needed is {value}")
         if len(names) != int(wanted["shards"]):
             raise ValueError(f"--prompts {folder}: {len(names)} of {wanted['shards']} shards")
-        self.prompts = [prompt for shard in self.shards for prompt in shard.prompts]
-        self.lengths = torch.cat([shard.lengths for shard in self.shards])
-        self.starts = torch.cat([shard.lengths.cumsum(0) - shard.lengths for shard in self.shards])
-        self.firsts = torch.tensor([0, *(len(s.prompts) for s in self.shards)]).cumsum(0)
-        self.has_latents = "latents" in self.shards[0].tensors
+        self.shards = shards
+        self.prompts = [prompt for shard in shards for prompt in shard.prompts]
+        self.lengths = torch.cat([shard.lengths for shard in shards])
+        self.starts = torch.cat([shard.lengths.cumsum(0) - shard.lengths for shard in shards])
+        self.firsts = torch.tensor([0, *(len(shard.prompts) for shard in shards)]).cumsum(0)
+        self.has_latents = "latents" in shards[0].tensors
         self.negative = None
         if family.negative_prompt is not None:
-            length = self.shards[0].tensors["negative"]["shape"][0]
-            self.negative = Conditions(self.shards[0].rows("negative", 0, length)[None])
+            self.negative = Conditions(shards[0].rows("negative")[None])
         self._epoch, self._order = None, None
 
     def __len__(self) -> int:
@@ -287,22 +279,20 @@ class PromptCache:
     def _embeds(self, row: int) -> Tensor:
         shard, _ = self._shard(row)
         start = int(self.starts[row])
-        end = start + int(self.lengths[row])
-        embeds = shard.rows("embeds", start, end)
-        if "scales" not in shard.tensors:
-            return embeds
-        return embeds.float() * shard.rows("scales", start, end)
+        span = start, start + int(self.lengths[row])
+        embeds = shard.rows("embeds", *span)
+        return embeds.float() * shard.rows("scales", *span) if "scales" in shard.tensors else embeds
 
     def _stack(self, key: str, rows: Sequence[int]) -> Tensor:
-        parts = [self._shard(row) for row in rows]
-        return torch.cat([shard.rows(key, i, i + 1) for shard, i in parts])
+        places = [self._shard(row) for row in rows]
+        return torch.cat([shard.rows(key, i, i + 1) for shard, i in places])
 
     def conditions(self, rows: Sequence[int]) -> Conditions:
         """The prompts of these rows, padded to the longest."""
-        parts = Conditions.stack([Conditions(self._embeds(row)[None]) for row in rows])
-        if "pooled" not in self.shards[0].tensors:
-            return parts
-        return parts._replace(pooled=self._stack("pooled", rows))
+        conditions = Conditions.stack([Conditions(self._embeds(row)[None]) for row in rows])
+        if "pooled" in self.shards[0].tensors:
+            conditions = conditions._replace(pooled=self._stack("pooled", rows))
+        return conditions
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """(B, C, H, W) of the images of these rows."""
@@ -314,8 +304,8 @@ class PromptCache:
         Every epoch has an order of its own; the position follows from the iteration alone.
         """
         rows = []
-        for place_in_run in range(iteration * batch, (iteration + 1) * batch):
-            epoch, index = divmod(place_in_run, len(self))
+        for i in range(iteration * batch, (iteration + 1) * batch):
+            epoch, index = divmod(i, len(self))
             if self._epoch != (seed, epoch):
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
                 self._order = torch.randperm(len(self), generator=generator)

@@ -13,6 +13,9 @@ In --out: images/, drawn.json (settings, prompts and seeds) and metrics.json, wr
 metric. The same command continues: pictures that are there are kept.
 """
 
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m text_to_image.evaluate")
+
 import dataclasses
 import json
 import unittest.mock
@@ -33,10 +36,7 @@ from common.images import list_images, read_image, square
 from common.train import Place, processes
 from text_to_image.families import naming, require_package
 from text_to_image.generate import LoadSettings, draw, load_from
-from text_to_image.prompts import KNOWN, read_hub, read_source
-
-if not __package__:
-    raise SystemExit("start it in the repository's root: python -m text_to_image.evaluate")
+from text_to_image.prompts import KNOWN, read_source
 
 COCO = "sayakpaul/coco-30-val-2014"
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of the benchmark HPSv2
@@ -70,44 +70,34 @@ def read_set(settings: Settings) -> list[str]:
         prompts = [TINY_PROMPTS[i % len(TINY_PROMPTS)] for i in range(s.limit or 200)]
     elif s.prompts is None:
         raise ValueError(f"--prompts is missing: {KNOWN}, dataset on the Hub, coco-10k or hpsv2")
-    elif s.prompts == "coco-10k":
-        prompts = [prompt for prompt, _ in read_hub(COCO, "caption")][:10_000]
     elif s.prompts == "hpsv2":
-        prompts = [prompt for style in STYLES for prompt in hpsv2_prompts(style)]
+        from huggingface_hub import hf_hub_download
+
+        prompts = []
+        for style in STYLES:
+            with naming("--prompts hpsv2"):
+                file = f"benchmark/{style}.json"
+                path = Path(hf_hub_download("zhwang/HPDv2", file, repo_type="dataset"))
+                prompts += json.loads(path.read_text("utf-8"))
+    elif s.prompts == "coco-10k":
+        prompts = [prompt for prompt, _ in read_source(COCO, "caption")][:10_000]
     else:
         prompts = [prompt for prompt, _ in read_source(s.prompts, s.column, s.split)]
     return prompts[: s.limit]
 
 
-def hpsv2_prompts(style: str) -> list[str]:
-    """The prompts of one of `STYLES`, from the Hub."""
-    from huggingface_hub import hf_hub_download
-
-    with naming("--prompts hpsv2"):
-        file = f"benchmark/{style}.json"
-        path = hf_hub_download("zhwang/HPDv2", file, repo_type="dataset")
-        return json.loads(Path(path).read_text("utf-8"))
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
-
-
 def draw_missing(settings: Settings, prompts: Sequence[str], here: Place) -> list[Path]:
     """Draws the pictures that are not there; every process takes its share. -> all files."""
-    s = settings
+    s, generate = settings, None
     files = [s.out / "images" / f"{i:06d}.png" for i in range(len(prompts))]
-    missing = [i for i, file in enumerate(files) if not file.is_file()]
-    generate = None
-    for start in range(0, len(prompts), CHUNK):
-        rows = [i for i in missing if start <= i < start + CHUNK]
-        if not rows or start // CHUNK % here.world != here.rank:
+    for start in range(here.rank * CHUNK, len(prompts), here.world * CHUNK):
+        places = range(start, min(start + CHUNK, len(prompts)))
+        if all(files[i].is_file() for i in places):
             continue
-        if generate is None:
-            generate = load_from(dataclasses.replace(s, device=str(here.device)))
-        rows = range(rows[0], rows[-1] + 1)
-        chosen = dataclasses.replace(s, seed=s.seed + rows[0])
-        result = draw(generate, chosen, [prompts[i] for i in rows])
-        for i, image in zip(rows, result.images, strict=True):
+        generate = generate or load_from(dataclasses.replace(s, device=str(here.device)))
+        chosen = dataclasses.replace(s, seed=s.seed + start)
+        result = draw(generate, chosen, [prompts[i] for i in places])
+        for i, image in zip(places, result.images, strict=True):
             with writing(files[i]) as temporary:
                 image.save(temporary)
     if here.world > 1:
@@ -115,15 +105,11 @@ def draw_missing(settings: Settings, prompts: Sequence[str], here: Place) -> lis
     return files
 
 
-# ---- Metrics -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def clip_score(
     files: Sequence[Path], prompts: Sequence[str], name: str, device: torch.device, batch: int = 32
 ) -> float:
     """100 times the mean cosine similarity of pictures and prompts, by a CLIP model."""
-    require_package("transformers", "the CLIP score", "-r requirements-extra.txt")
     from transformers import CLIPModel, CLIPProcessor
 
     with naming(f"--clip {name}"):
@@ -135,10 +121,9 @@ def clip_score(
         print(f"CLIP score: {cut} prompts have more than {length} tokens and are cut")
     total = 0.0
     for i in range(0, len(files), batch):
-        images = [read_image(file).numpy() for file in files[i : i + batch]]
         inputs = processor(
-            text=list(prompts[i : i + batch]), images=images, return_tensors="pt", padding=True,
-            truncation=True, max_length=length,
+            text=list(prompts[i : i + batch]), return_tensors="pt", padding=True, truncation=True,
+            images=[read_image(file).numpy() for file in files[i : i + batch]], max_length=length,
         )  # fmt: skip
         output = model(**inputs.to(device))
         total += (output.image_embeds * output.text_embeds).sum().item()  # both have norm 1
@@ -147,7 +132,6 @@ def clip_score(
 
 def hps_score(files: Sequence[Path], prompts: Sequence[str]) -> float:
     """100 times the mean HPSv2.1, by the package hpsv2."""
-    require_package("hpsv2", "--hps")
     import hpsv2
 
     scores = []
@@ -157,33 +141,16 @@ def hps_score(files: Sequence[Path], prompts: Sequence[str]) -> float:
     return 100 * float(sum(scores)) / len(scores)
 
 
-def fid(files: Sequence[Path], reference: Path, weights: str | None, device: torch.device) -> float:
-    """Frechet distance of Inception features to the images of a folder, each cut to a square of
-    the size of the pictures."""
-    net = load_inception(weights, device)
+def fid(files: Sequence[Path], real: Sequence[Path], net: Any, device: torch.device) -> float:
+    """Frechet distance of Inception features, images cut to squares of the pictures' size."""
     side = min(read_image(files[0]).shape[:2])
 
     def batches(paths: Sequence[Path]) -> Iterator[Tensor]:
         for i in range(0, len(paths), 16):
             yield torch.stack([square(read_image(path), side) for path in paths[i : i + 16]])
 
-    sets = [
-        moments(inception_features(net, batches(paths), device)[0])
-        for paths in (files, list_images(reference))
-    ]
-    return gaussian_distance(*sets[0], *sets[1])
-
-
-def clothes_metrics(files: Sequence[Path], prompts: Sequence[str]) -> dict[str, float]:
-    """Frechet distance of the small classifier to Fashion-MNIST (no FID), and, where every prompt
-    is "a photo of a ..." with a class's name, how many are recognised."""
-    pictures = torch.stack([read_image(file)[::4, ::4, 0] for file in files])
-    images = pictures[:, None] / 127.5 - 1
-    metrics = {"clothes_frechet_distance": fashion.frechet_distance(images)}
-    if set(prompts) <= set(TINY_PROMPTS):
-        labels = torch.tensor([TINY_PROMPTS.index(prompt) for prompt in prompts])
-        metrics["recognition_rate"] = fashion.recognition_rate(images, labels)
-    return metrics
+    drawn = moments(inception_features(net, batches(files), device)[0])
+    return gaussian_distance(*drawn, *moments(inception_features(net, batches(real), device)[0]))
 
 
 def measure(
@@ -192,15 +159,19 @@ def measure(
     """Yields (name, value) of each metric, the cheap ones first; a text says why one is not run."""
     s = settings
     if s.tiny and s.model.endswith("qwen"):
-        yield from clothes_metrics(files, prompts).items()
-    if s.clip == "none" or (s.tiny and s.clip == Settings.clip):
-        yield "clip_score", "not run (--clip)"
-    else:
-        yield "clip_score", clip_score(files, prompts, s.clip, device)
-    if s.reference is None:
-        yield "fid", "not run (--reference)"
-    else:
-        yield "fid", fid(files, s.reference, s.inception, device)
+        pixels = torch.stack([read_image(file)[::4, ::4, 0] for file in files])
+        images = pixels[:, None] / 127.5 - 1  #                               (B, 1, 28, 28)
+        yield "clothes_frechet_distance", fashion.frechet_distance(images)  # no FID
+        if set(prompts) <= set(TINY_PROMPTS):
+            labels = torch.tensor([TINY_PROMPTS.index(prompt) for prompt in prompts])
+            yield "recognition_rate", fashion.recognition_rate(images, labels)
+    no_clip = s.clip == "none" or (s.tiny and s.clip == Settings.clip)
+    yield "clip_score", "not run" if no_clip else clip_score(files, prompts, s.clip, device)
+    value = "not run (--reference)"
+    if s.reference is not None:
+        net = load_inception(s.inception, device)
+        value = fid(files, list_images(s.reference), net, device)
+    yield "fid", value
     yield "hpsv2.1", hps_score(files, prompts) if s.hps else "not run (--hps)"
 
 
@@ -210,24 +181,23 @@ def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
     if s.hps:
         require_package("hpsv2", "--hps")
     if s.reference is not None:
-        list_images(s.reference)
+        list_images(s.reference)  # before anything is drawn
     measured = {"clip", "hps", "reference", "inception", "out", "batch", "device"}
     drawn = {k: v for k, v in dataclasses.asdict(s).items() if k not in measured}
     drawn |= {"prompts": prompts, "seeds": [s.seed + i for i in range(len(prompts))]}
     drawn = json.loads(json.dumps(drawn))  # tuples become lists
     before = read_json(s.out / "drawn.json")
     if before not in ({}, drawn):
-        differ = [key for key in drawn if before.get(key) != drawn[key]]
-        raise ValueError(f"--out {s.out} has pictures of other {', '.join(differ)}; choose another")
+        differ = ", ".join(key for key in drawn if before.get(key) != drawn[key])
+        raise ValueError(f"--out {s.out} has pictures of other {differ}; choose another")
     if here.rank == 0:
         write_json(s.out / "drawn.json", drawn)
     files = draw_missing(s, prompts, here)
     metrics = {"model": s.model, "images": len(files)}
-    if here.rank == 0:
-        for name, value in measure(s, files, prompts, here.device):
-            metrics[name] = value
-            write_json(s.out / "metrics.json", metrics)
-            print(f"{name}: {value if isinstance(value, str) else format(value, '.3f')}")
+    for name, value in measure(s, files, prompts, here.device) if here.rank == 0 else ():
+        metrics[name] = value
+        write_json(s.out / "metrics.json", metrics)
+        print(f"{name}: {value if isinstance(value, str) else format(value, '.3f')}", flush=True)
     return metrics
 
 

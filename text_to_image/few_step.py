@@ -6,6 +6,7 @@ from noise to the picture.
 
 import contextlib
 import itertools
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import text_to_image.families as dm
 from common.images import read_image
 from piflow_minimal import Policy, flow_map_schedule, sample
 from text_to_image.adapters import PolicySpec, Sampling
-from text_to_image.prompts import cut_message, cut_off
+from text_to_image.prompts import MAX_TOKENS, cut_off
 
 TOTAL_SUBSTEPS = 128  # of the published adapters
 
@@ -38,8 +39,8 @@ class Result(NamedTuple):
 class FewStep:
     """A base pipeline with an adapter: call it with prompts.
 
-    Args: nfe: evaluations that it was trained for; elastic: more of them make sense; trained: all
-        that its file states of that; h, shift: of the sampler, where a call does not give them.
+    Args: nfe: evaluations of its training; elastic: more of them make sense; trained: what its file
+        states of the training; h, shift: of the sampler, where a call does not give them.
     """
 
     def __init__(
@@ -52,15 +53,11 @@ class FewStep:
         self.elastic = elastic
         self.h = h
         embedded = family.embedded_guidance(pipe.transformer)
-        if trained is None:
-            trained = Sampling(
-                family.name, nfe, embedded, dm.SHIFT, dm.FINAL_STEP_SIZE_SCALE, TOTAL_SUBSTEPS,
-                "euler",
-            )  # fmt: skip
-        self.trained = trained
-        self.nfe = trained.nfe
-        self.guidance = None if embedded is None else trained.guidance
-        self.shift = trained.shift if shift is None else shift
+        published = (dm.SHIFT, dm.FINAL_STEP_SIZE_SCALE, TOTAL_SUBSTEPS, "euler")
+        self.trained = trained or Sampling(family.name, nfe, embedded, *published)
+        self.nfe = self.trained.nfe
+        self.guidance = None if embedded is None else self.trained.guidance
+        self.shift = shift or self.trained.shift
 
     @property
     def device(self) -> torch.device:
@@ -152,13 +149,11 @@ class FewStep:
             prompt_embeds, prompt_embeds_mask (Qwen-Image), pooled_prompt_embeds (FLUX.1): what the
                 pipeline's `encode_prompt` gives, in place of prompts.
             nfe, guidance, temperature, total_substeps, solver, h, shift, callback: see `sample`.
-        Raises: ValueError, one line: a prompt is empty, sizes do not fit, or a part of the model
-            gives values that are not finite.
+        Raises: ValueError, one line: a prompt is empty, references or a temperature that the model
+            has no use for, or a part of it gives values that are not finite.
         Warns: if the size is changed, a prompt is cut, or settings are not those of the training.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if (prompts is None) == (prompt_embeds is None):
-            raise ValueError("prompt: give either prompts or prompt_embeds")
         if prompt_embeds is None and not (prompts and all(text.strip() for text in prompts)):
             raise ValueError("prompt: at least one is needed, and none may be empty")
         if temperature is not None and self.policy.kind == "DX":
@@ -166,9 +161,8 @@ class FewStep:
         if references and not self.family.edits:
             raise ValueError(f"references: only FLUX.2 edits images, not {self.family.name}")
         references = [read_reference(image) for image in references]
-        if latents is not None:
-            latents = self._unpack(latents, height, width)
         height, width = self._size(height, width, references, latents)
+        shape = 1, *dm.latent_shape(self.pipe, height, width)
         nfe = nfe or self.nfe
         self._warn_if_unusual(nfe, guidance)
 
@@ -177,16 +171,16 @@ class FewStep:
         else:
             conditions = dm.Conditions(prompt_embeds, prompt_embeds_mask, pooled_prompt_embeds)
             conditions = conditions.to(self.device, self.pipe.transformer.dtype)
-        count = len(conditions.embeds) * images_per_prompt
-        if latents is not None and len(latents) != count:
-            raise ValueError(f"latents: {len(latents)} of them for {count} pictures")
+        rows = len(conditions.embeds)
+        count = rows * images_per_prompt
+        if latents is not None:
+            latents = self._unpack(latents, shape)
+            if len(latents) != count:
+                raise ValueError(f"latents: {len(latents)} of them for {count} pictures")
         if references:
-            tokens, ids = self.family.encode_references(
-                self.pipe, references, len(conditions.embeds)
-            )
+            tokens, ids = self.family.encode_references(self.pipe, references, rows)
             check_finite("VAE, of the reference images,", tokens)
             conditions = conditions._replace(references=tokens, reference_ids=ids)
-        shape = 1, *dm.latent_shape(self.pipe, height, width)
         starts = range(0, count, batch)
         finals, estimates = [], []
         with tqdm(total=nfe * len(starts), desc="network evaluations") as progress:
@@ -196,13 +190,14 @@ class FewStep:
                 progress.update()
 
             for start in starts:
-                rows = range(start, min(start + batch, count))
-                generators = [torch.Generator().manual_seed(seed + i) for i in rows]
+                places = range(start, min(start + batch, count))
+                generators = [torch.Generator().manual_seed(seed + i) for i in places]
                 noise = torch.cat([self.family.draw_noise(shape, g) for g in generators])
                 if latents is not None:
-                    noise = latents[rows.start : rows.stop].float()
+                    noise = latents[places.start : places.stop].float()
+                condition = conditions.rows([i // images_per_prompt for i in places])
                 finals.append(self.sample(
-                    noise.to(self.device), conditions.rows([i // images_per_prompt for i in rows]),
+                    noise.to(self.device), condition,
                     nfe, guidance, temperature, generator=generators, watch=watch, **options,
                 ))  # fmt: skip
         x = torch.cat(finals)
@@ -226,22 +221,18 @@ class FewStep:
     def _encode(self, prompts: Sequence[str]) -> dm.Conditions:
         for number, end in enumerate(cut_off(self.pipe, self.family, prompts), 1):
             if end:
-                warnings.warn(cut_message(number, end), stacklevel=3)
+                end = textwrap.shorten(end, 80, placeholder=" ...")
+                read = f"the text encoder reads {MAX_TOKENS} tokens"
+                warnings.warn(f"prompt {number}: {read}; cut off is {end!r}", stacklevel=3)
         conditions = self.family.encode_prompts(self.pipe, prompts)
         check_finite("text encoder", conditions.embeds)
         return conditions
 
-    def _unpack(self, latents: Tensor, height: int | None, width: int | None) -> Tensor:
-        """Latents as they are, or packed as in diffusers, -> (B, C, H, W)."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        shape = dm.latent_shape(self.pipe, height or side, width or side)
+    def _unpack(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Latents as they are, or packed as in diffusers, -> (B, C, H, W) of shape (1, C, H, W)."""
         if latents.ndim == 3:
-            tokens = shape[1] * shape[2] // dm.PATCH**2
-            if latents.shape[1] != tokens:
-                given = f"latents of {latents.shape[1]} tokens"
-                raise ValueError(f"{given}: must be {tokens}, for this height and width")
-            return dm.unpack(latents, torch.empty(1, *shape))
-        if latents.shape[1] == shape[0] * dm.PATCH**2:
+            return dm.unpack(latents, torch.empty(shape))
+        if latents.shape[1] == shape[1] * dm.PATCH**2:
             return F.pixel_shuffle(latents, dm.PATCH)
         return latents
 
@@ -253,14 +244,13 @@ class FewStep:
         own = (self.pipe.default_sample_size * scale,) * 2
         if references:
             own = dm.reference_size(self.pipe, references[0])
-        if latents is not None:
+        if latents is not None and latents.ndim == 4:
+            scale *= dm.PATCH if latents.shape[1] == self.pipe.transformer.config.in_channels else 1
             own = latents.shape[2] * scale, latents.shape[3] * scale
-        sides = own[0] if height is None else height, own[1] if width is None else width
+        sides = height or own[0], width or own[1]
         used = sides[0] // step * step, sides[1] // step * step
         if min(used) < step:
             raise ValueError(f"height {sides[0]}, width {sides[1]}: must be at least {step}")
-        if latents is not None and used != own:
-            raise ValueError(f"latents: of {own[0]} x {own[1]} pixels, not {sides[0]} x {sides[1]}")
         if used != sides:
             given = f"height {sides[0]}, width {sides[1]}: must be multiples of {step}"
             warnings.warn(f"{given}; {used[0]} x {used[1]} is used", stacklevel=4)

@@ -13,9 +13,10 @@ In a notebook:
     result.images[0]
 """
 
-import contextlib
+if not __package__:
+    raise SystemExit("start it in the repository's root: python -m text_to_image.generate")
+
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -44,7 +45,6 @@ from common.cli import (
 from common.files import write_json, writing
 from text_to_image.adapters import (
     LORA_NAME,
-    Adapter,
     apply_adapter,
     check_adapter,
     policy_of,
@@ -55,9 +55,6 @@ from text_to_image.few_step import FewStep, Result, memory_advice, read_referenc
 from text_to_image.page import open_page
 from text_to_image.prompts import KNOWN, read_prompt_file
 from text_to_image.tiny import ADAPTERS, demo_pipeline, tiny_adapter
-
-if not __package__:
-    raise SystemExit("start it in the repository's root: python -m text_to_image.generate")
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,7 @@ def load(
 
     Args:
         model: a name from `MODELS`; it settles what is not given.
-        adapter: folder, or Hub name "user/repo[/folder]", in place of the published one.
-        base: folder or Hub name of the base pipeline in place of the published one.
+        adapter, base: folder or Hub name, in place of the published adapter or base pipeline.
         policy: settings that replace those in the adapter's file: type, segment_size, shift, mode.
         adapter_scale: strength of the adapter's LoRA; head and norm are always replaced.
         loras: (file, folder or Hub name, strength) of style LoRAs for the base model.
@@ -147,7 +143,19 @@ def load(
         print(loading.check_memory(need, device, f"weights (GB: {parts}) and work", helps))
         pipe = loading.load_base(family, base, dtype, quantize)
     pipe.set_progress_bar_config(disable=True)
-    add_adapters(pipe, found, adapter_scale, loras, styles)
+    strengths = {}
+    with warnings.catch_warnings():  # several LoRAs are what we want
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for (style, strength), tensors in zip(loras, styles, strict=True):
+            name = f"style{len(strengths)}"
+            with dm.naming(f"LoRA {style}"):
+                pipe.load_lora_weights(tensors, adapter_name=name, use_safetensors=True)
+            strengths[name] = strength
+        apply_adapter(pipe.transformer, found, adapter_scale)
+    if strengths:
+        if LORA_NAME in pipe.transformer.peft_config:
+            strengths[LORA_NAME] = adapter_scale
+        pipe.set_adapters(list(strengths), list(strengths.values()))
     with memory_advice():
         loading.place(pipe, device, offload)
     generate = FewStep(pipe, family, spec, card.nfe, card.elastic, found.sampling, h, shift)
@@ -159,25 +167,6 @@ def load(
     if family.embeds_guidance and generate.guidance is None:
         warnings.warn("this base has no guidance embedding: guidance is not used", stacklevel=2)
     return generate
-
-
-def add_adapters(
-    pipe: Any, adapter: Adapter, scale: float, loras: list[tuple[str, float]], styles: list
-) -> None:
-    """Puts an adapter and style LoRAs, of which `styles` are the tensors, on a pipeline."""
-    strengths = {}
-    with warnings.catch_warnings():  # several LoRAs are what we want
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for (where, strength), style in zip(loras, styles, strict=True):
-            name = f"style{len(strengths)}"
-            with dm.naming(f"LoRA {where}"):
-                pipe.load_lora_weights(**style, adapter_name=name)
-            strengths[name] = strength
-        apply_adapter(pipe.transformer, adapter, scale)
-    if strengths:
-        if LORA_NAME in pipe.transformer.peft_config:
-            strengths[LORA_NAME] = scale
-        pipe.set_adapters(list(strengths), list(strengths.values()))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -263,19 +252,12 @@ def load_from(settings: LoadSettings) -> FewStep:
     """`load` with the flags of the command line."""
     s, policy, loras = settings, None, []
     if s.policy is not None:
-        try:
+        with dm.naming(f"--policy {s.policy!r}: must be a JSON object"):
             policy = dict(json.loads(s.policy))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"--policy {s.policy!r}: must be a JSON object") from error
     for text in s.lora:
         where, _, strength = text.rpartition("=")
-        try:
-            number = float(strength) if where else 1.0
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"--lora {text}: {strength!r} is not a strength")
-        loras.append((os.path.expanduser(where or text), number))
+        with dm.naming(f"--lora {text}: {strength!r} is not a strength"):
+            loras.append((os.path.expanduser(where or text), float(strength) if where else 1.0))
     return load(
         s.model, s.adapter, s.base, policy, s.adapter_scale, loras, s.device, quantize=s.quantize,
         offload=s.offload, tiny=s.tiny, pixels=(s.height or 1024) * (s.width or 1024),
@@ -299,21 +281,13 @@ def draw(
 
 def write(result: Result, out: Path, about: dict[str, Any]) -> Path:
     """Writes pictures, and a JSON file about them, beside those of earlier runs -> that file."""
-    out.mkdir(parents=True, exist_ok=True)
-    for run in itertools.count():  # the first number that no run has, or is taking just now
-        notes = out / f"{run:04d}.json"
-        with contextlib.suppress(FileExistsError):
-            notes.touch(exist_ok=False)
-            break
-    try:
-        for image, seed in zip(result.images, result.seeds, strict=True):
-            with writing(out / f"{run:04d}_seed{seed}.png") as path:
-                image.save(path)
-        write_json(notes, about)
-    except OSError:
-        notes.unlink()
-        raise
-    return notes
+    runs = [int(path.name[:4]) for path in out.glob("[0-9][0-9][0-9][0-9]*")]
+    run = max(runs, default=-1) + 1
+    for image, seed in zip(result.images, result.seeds, strict=True):
+        with writing(out / f"{run:04d}_seed{seed}.png") as path:
+            image.save(path)
+    write_json(out / f"{run:04d}.json", about)
+    return out / f"{run:04d}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -93,7 +93,7 @@ def test_another_encoder_or_source_is_refused(settings, pipes, tmp_path):
         PromptCache(settings.out, dm.FAMILIES["flux"], "tiny", WIDTH)
     with pytest.raises(ValueError, match="is of base tiny, needed is Qwen/Qwen-Image"):
         PromptCache(settings.out, QWEN, "Qwen/Qwen-Image", WIDTH)
-    with pytest.raises(ValueError, match="embeddings"):
+    with pytest.raises(ValueError, match="is of width 24, needed is 3584"):
         PromptCache(settings.out, QWEN, "tiny", 3584)
     second = replace(settings, out=str(tmp_path / "second"))
     cache_prompts.cache(second, ONE, other)
@@ -182,7 +182,6 @@ def test_prompts_that_are_cut_are_counted(settings, pipes, capsys, tmp_path):
     source.write_text("a bag\n" + "word " * 300 + "end\n" + "word " * 400 + "\n")
     cache_prompts.cache(replace(settings, source=str(source)), ONE, pipes["qwen"])
     said = capsys.readouterr().out
-    assert said.count("cut off is") == 1 and "prompt 2: " in said
     assert "2 prompts of this process have more than 512 tokens and were cut" in said
 
 

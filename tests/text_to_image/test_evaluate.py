@@ -1,8 +1,11 @@
 """The evaluation of text-to-image students, on the small model of clothes."""
 
 import json
+import re
+import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +17,7 @@ pytest.importorskip("diffusers", reason="needs requirements-extra.txt (diffusers
 transformers = pytest.importorskip("transformers", reason="needs requirements-extra.txt")
 pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 
+import text_to_image.cache_prompts as cache_prompts  # noqa: E402
 import text_to_image.evaluate as evaluation  # noqa: E402
 from common import fashion  # noqa: E402
 from common.cli import parse  # noqa: E402
@@ -24,6 +28,17 @@ from text_to_image.generate import load  # noqa: E402
 from text_to_image.tiny import tiny_pipeline  # noqa: E402
 
 ONE = Place(0, 1, torch.device("cpu"))
+FOLDER = Path(evaluation.__file__).parent
+TEXTS = [(FOLDER / name).read_text() for name in ("README.md", "evaluate.py", "cache_prompts.py")]
+COMMANDS = re.findall(r"-m text_to_image\.(evaluate|cache_prompts) (.+?)(?:  +#.*)?$", "\n".join(TEXTS),
+                      re.M)  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "flags"), sorted(set(COMMANDS)))
+def test_the_flags_of_the_documented_commands_exist(script, flags):
+    assert len(COMMANDS) >= 8
+    module = {"evaluate": evaluation, "cache_prompts": cache_prompts}[script]
+    parse(module.Settings, "", shlex.split(flags))
 
 
 @pytest.fixture
@@ -56,11 +71,12 @@ def test_the_same_command_continues_and_another_is_refused(settings, monkeypatch
     files = sorted((few.out / "images").iterdir())
     before = [file.read_bytes() for file in files]
     assert len(files) == 3
-    files[1].unlink()
-    stamps = [files[i].stat().st_mtime_ns for i in (0, 2)]
+    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    files[2].unlink()
+    stamps = [files[i].stat().st_mtime_ns for i in (0, 1)]
     evaluate(few, ONE)
     assert [file.read_bytes() for file in files] == before
-    assert [files[i].stat().st_mtime_ns for i in (0, 2)] == stamps
+    assert [files[i].stat().st_mtime_ns for i in (0, 1)] == stamps
     monkeypatch.setattr(evaluation, "load_from", lambda s: pytest.fail("loads, nothing to draw"))
     evaluate(replace(few, batch=1), ONE)
     for other in ({"seed": 5}, {"limit": 4}, {"nfe": 2}):
@@ -137,14 +153,13 @@ def byte_of(character: str) -> int:
     return tokenizer(character).input_ids[0]
 
 
-def test_fid_of_shifted_pictures(tmp_path, monkeypatch):
+def test_fid_of_shifted_pictures(tmp_path):
     """Features are mean colours: pictures that are lighter by 10 have distance 3 x 10^2."""
 
     def net(images):
         colours = images.float().mean((2, 3))
         return colours, colours
 
-    monkeypatch.setattr(evaluation, "load_inception", lambda weights, device: net)
     generator, files = np.random.default_rng(0), []
     (tmp_path / "real" / "deeper").mkdir(parents=True)
     for i in range(8):
@@ -170,7 +185,6 @@ def test_hps_score_by_its_package(monkeypatch):
 
     monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(args))
     monkeypatch.setitem(sys.modules, "hpsv2", SimpleNamespace(score=score))
-    monkeypatch.setattr(evaluation, "require_package", lambda *names: None)
     assert evaluation.hps_score(["a.png", "b.png"], ["a", "b"]) == pytest.approx(26.5)
     assert calls == [("a.png", "a", "v2.1"), ("b.png", "b", "v2.1")] and len(loads) == 1
 
@@ -187,10 +201,11 @@ def test_prompt_sets(tmp_path, monkeypatch):
     assert len(prompts) == 12 and prompts[3] == "benchmark/concept-art.json 0"
     assert read_set(Settings(prompts="hpsv2", limit=4)) == prompts[:4]
     rows = [(f"caption {i}", None) for i in range(10_005)]
-    asked = []
-    monkeypatch.setattr(evaluation, "read_hub", lambda *given: asked.append(given) or rows)
-    assert len(read_set(Settings(prompts="coco-10k"))) == 10_000
-    assert asked == [("sayakpaul/coco-30-val-2014", "caption")]
+    queries = []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "read_source", lambda *given: queries.append(given) or rows)
+        assert len(read_set(Settings(prompts="coco-10k"))) == 10_000
+    assert queries == [("sayakpaul/coco-30-val-2014", "caption")]
     (tmp_path / "p.jsonl").write_text('{"text": "a coat"}\n{"text": "a bag"}\n')
     path = str(tmp_path / "p.jsonl")
     assert read_set(Settings(prompts=path, column="text")) == ["a coat", "a bag"]
