@@ -21,6 +21,7 @@ if not __package__:
 
 import dataclasses
 import hashlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,27 +68,22 @@ def labelled_images(folder: Path) -> list[tuple[Path, int]]:
     if not folder.is_dir():
         raise ValueError(f"images is {folder}; it must hold one subfolder of images per class")
     files = list_images(folder)
-    shown = [path for path in folder.rglob("*") if not is_hidden(path.relative_to(folder))]
-    classes = sorted(path.name for path in shown if path.is_dir() and path.parent == folder)
-    number = {name: i for i, name in enumerate(classes)}
-    for file in files:
-        if file.parent.parent != folder:
-            raise ValueError(
-                f"images is {folder}, and {file} is not in a subfolder of it; give the folder "
-                "whose subfolders are the classes"
-            )
+    wrong = [file for file in files if file.parent.parent != folder]
+    if wrong:
+        raise ValueError(
+            f"images is {folder}, and {wrong[0]} is not in a subfolder of it; give the folder "
+            "whose subfolders are the classes"
+        )
+    folders = [path.name for path in folder.iterdir() if path.is_dir()]
+    classes = sorted(name for name in folders if not name.startswith(HIDDEN))
     empty = set(classes) - {file.parent.name for file in files}
     if empty:
         raise ValueError(f"images: the class {folder / min(empty)} has no image; remove or fill it")
-    others = sum(path.is_file() for path in shown) - len(files)
+    others = sum(len(names) for *_, names in os.walk(folder)) - len(files)
     if others:
-        print(f"{others} files in {folder} are no images", file=sys.stderr)
+        print(f"{others} files in {folder} are hidden or no images", file=sys.stderr)
+    number = {name: i for i, name in enumerate(classes)}
     return [(file, number[file.parent.name]) for file in files]
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether people see no such file or folder: of a notebook, an archive, a NAS."""
-    return any(part.startswith(HIDDEN) for part in path.parts)
 
 
 class Images(Dataset):

@@ -188,7 +188,7 @@ def test_folders_that_are_no_classes_are_refused(tmp_path, capsys):
     for name in ("n0/notes.txt", "list.txt", ".hidden"):
         (tmp_path / "one" / name).write_text("text")
     assert len(labelled_images(tmp_path / "one")) == 2
-    assert "2 files in" in capsys.readouterr().err
+    assert "3 files in" in capsys.readouterr().err
     (tmp_path / "one/n1/b.png").unlink()
     with pytest.raises(ValueError, match="the class .*n1 has no image"):
         labelled_images(tmp_path / "one")
