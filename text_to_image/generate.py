@@ -146,10 +146,10 @@ def load(
     strengths = {}
     with warnings.catch_warnings():  # several LoRAs are what we want
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for (style, strength), tensors in zip(loras, styles, strict=True):
+        for (where, strength), style in zip(loras, styles, strict=True):
             name = f"style{len(strengths)}"
-            with dm.naming(f"LoRA {style}"):
-                pipe.load_lora_weights(tensors, adapter_name=name, use_safetensors=True)
+            with dm.naming(f"LoRA {where}"):
+                pipe.load_lora_weights(**style, adapter_name=name)
             strengths[name] = strength
         apply_adapter(pipe.transformer, found, adapter_scale)
     if strengths:
