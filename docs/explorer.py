@@ -112,14 +112,12 @@ def make_page() -> str:
         policy: base64.b64encode(student_file(policy).read_bytes()).decode()
         for policy in ("gmflow", "dx")
     }
-    parts = {
-        "/*STUDENTS*/": f"const STUDENT_FILES = {json.dumps(files)};",
-        "/*MATH*/": (DOCS / "explorer_math.js").read_text(encoding="utf-8"),
-        "/*PAGE*/": (DOCS / "explorer_page.js").read_text(encoding="utf-8"),
-    }
+    parts = {"STUDENTS": f"const STUDENT_FILES = {json.dumps(files)};"}
+    for name in ("math", "draw", "page"):
+        parts[name.upper()] = (DOCS / f"explorer_{name}.js").read_text(encoding="utf-8")
     page = (DOCS / "explorer_template.html").read_text(encoding="utf-8")
     for mark, text in parts.items():
-        page = page.replace(mark, text)
+        page = page.replace(f"/*{mark}*/", text)
     return page
 
 
