@@ -38,7 +38,7 @@ class ConstantPolicy(DXPolicy):
     def x0_hat(self, t: Time) -> Tensor:
         """The denoised state at noise level t. -> (B, 2)."""
         t = torch.as_tensor(t).to(self.x0).expand(len(self.x0))
-        place = (unshift_time(t, self.shift) - self.tau_end) / self.length  #     (B,) in [0, 1]
+        place = (unshift_time(t, self.shift) - self.tau_dst) / self.length  #     (B,) in [0, 1]
         n = self.x0.shape[1]
         piece = (place * n).floor().long().clamp(0, n - 1)
         return self.x0[torch.arange(len(piece)), piece]
