@@ -173,10 +173,17 @@ def _find(where: str, file: str, what: str) -> Path:
     require_package("huggingface_hub", "downloading an adapter")
     from huggingface_hub import hf_hub_download
 
-    with naming(f"{what} is no folder here, and not on the Hub (user/repository[/folder])"):
-        user, repository, *folders = where.split("/")
-        folder = "/".join(folders) or None
-        return Path(hf_hub_download(f"{user}/{repository}", file, subfolder=folder))
+    repository, folder = _on_hub(where, what)
+    with naming(what):
+        return Path(hf_hub_download(repository, file, subfolder=folder))
+
+
+def _on_hub(where: str, what: str) -> tuple[str, str | None]:
+    """ "user/repository[/folder]" -> repository, folder. Raises: OSError for another form."""
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", where)
+    if not match:
+        raise OSError(f"{what} is no folder here, and not on the Hub (user/repository[/folder])")
+    return match[1], match[2]
 
 
 def _json_object(text: bytes, what: str) -> dict:
@@ -350,11 +357,18 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> dic
     Raises: OSError or ValueError if it cannot be read, fits no layer, or a layer of another size.
     Warns: once, if layers are not used, because the base has none or the adapter replaces them.
     """
-    what, parts = f"LoRA {where}", where.split("/")
-    source = {"pretrained_model_name_or_path_or_dict": where, "use_safetensors": True}
-    if where.endswith(".safetensors") and not Path(where).exists() and len(parts) > 2:
-        source["pretrained_model_name_or_path_or_dict"] = "/".join(parts[:2])
-        source |= {"subfolder": "/".join(parts[2:-1]) or None, "weight_name": parts[-1]}
+    what, place, folder, name = f"LoRA {where}", where, None, None
+    if not Path(where).exists():
+        place, folder = _on_hub(where, f"{what}: it")
+        name = "pytorch_lora_weights.safetensors"
+        if folder is not None and folder.endswith(".safetensors"):
+            folder, _, name = folder.rpartition("/")
+    elif Path(where).is_dir():
+        count = len(list(Path(where).glob("*.safetensors")))
+        if count > 1:
+            raise ValueError(f"{what}: the folder has {count} .safetensors files; name one")
+    source = {"pretrained_model_name_or_path_or_dict": place, "use_safetensors": True}
+    source |= {"subfolder": folder or None, "weight_name": name}
     layers = {
         f"{part}.{name.removeprefix('text_model.')}": getattr(layer, "base_layer", layer)
         for part in pipeline._lora_loadable_modules
