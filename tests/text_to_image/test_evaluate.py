@@ -30,8 +30,8 @@ from text_to_image.tiny import tiny_pipeline  # noqa: E402
 ONE = Place(0, 1, torch.device("cpu"))
 FOLDER = Path(evaluation.__file__).parent
 TEXTS = [(FOLDER / name).read_text() for name in ("README.md", "evaluate.py", "cache_prompts.py")]
-COMMANDS = re.findall(r"-m text_to_image\.(evaluate|cache_prompts) (.+?)(?:  +#.*)?$", "\n".join(TEXTS),
-                      re.M)  # fmt: skip
+COMMAND = r"-m text_to_image\.(evaluate|cache_prompts) (.+?)(?:  +#.*)?$"
+COMMANDS = re.findall(COMMAND, "\n".join(TEXTS), re.M)
 
 
 @pytest.mark.parametrize(("script", "flags"), sorted(set(COMMANDS)))

@@ -584,7 +584,7 @@ BAD = [
     (["--prompt-file", "EMPTY"], "empty.txt: there is no prompt in it"),
     (["--prompt-file", "missing.txt"], "missing.txt"),
     (["--prompt-file", "FOLDER"], "Is a directory: .*folder"),
-    (["--prompt-file", "UTF16"], "utf16.txt is not UTF-8"),
+    (["--prompt-file", "UTF16"], "utf16.txt: 'utf-8' codec can't decode"),
     (["--prompt", "a", "--model", "gm-sdxl"], "--model is 'gm-sdxl'; choose one of gm-qwen, "),
     (["--prompt", "a", "--images", "0"], "--images is 0; it must be at least 1"),
     (["--prompt", "a", "--images", "1000000000"], "--images is 1000000000; .* at most 10000"),
