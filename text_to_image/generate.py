@@ -258,6 +258,10 @@ def load_from(settings: LoadSettings) -> FewStep:
         where, _, strength = text.rpartition("=")
         with dm.naming(f"--lora {text}: {strength!r} is not a strength"):
             loras.append((os.path.expanduser(where or text), float(strength) if where else 1.0))
+        if "/" not in loras[-1][0] and not Path(loras[-1][0]).exists():
+            raise OSError(
+                f"--lora {text}: neither a file, a folder nor a Hub name (user/repo[/file])"
+            )
     return load(
         s.model, s.adapter, s.base, policy, s.adapter_scale, loras, s.device, quantize=s.quantize,
         offload=s.offload, tiny=s.tiny, pixels=(s.height or 1024) * (s.width or 1024),
