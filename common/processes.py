@@ -40,6 +40,7 @@ def processes(device: str = "auto") -> Iterator[Place]:
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     try:
         yield Place(dist.get_rank(), count, chosen)
+        dist.barrier()  # none leaves while another one still needs it
     finally:
         dist.destroy_process_group()
 

@@ -85,7 +85,7 @@ HAND = [
     ("imagenet.sample", ["folder"], "folder"),
     ("imagenet.sample", ["missing.pt"], "missing.pt"),
     ("imagenet.sample", ["noise.pt"], "noise.pt"),
-    ("imagenet.sample", ["tiny", "--reference", "missing.npz"], "missing.npz"),
+    ("imagenet.sample", ["tiny", "--reference", "missing.npz"], "--reference is for ImageNet"),
     ("imagenet.sample", ["tiny", "--classes", "10"], "10"),
     ("imagenet.sample", ["tiny", "--guidance-interval", "0.9", "0.1"], "--guidance-interval"),
     ("imagenet.sample", ["tiny", "--solver", "deis"], "--solver"),

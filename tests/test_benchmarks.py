@@ -13,6 +13,12 @@ from piflow_minimal import DXPolicy, pi_id_loss, rollout
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def policies_of_the_toy_stay(monkeypatch):
+    """benchmarks.policies replaces some of them."""
+    monkeypatch.setattr(policies.toy_2d, "POLICIES", dict(policies.toy_2d.POLICIES))
+
+
 @pytest.mark.parametrize("kind", ["gmflow", "dx"])
 def test_plain_and_fast_ways_agree(kind, monkeypatch):
     monkeypatch.setattr(rollout_benchmark, "PUBLISHED", 10)
