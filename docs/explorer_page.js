@@ -184,8 +184,9 @@ function sayWhatIsSeen() {
     return `${training.done} of ${training.iterations} steps of pi-ID on ${training.parameters.length} numbers. `
       + `The rollout ends ${error} from the teacher.`;
   }
-  const calls = state.nfe === "1" ? "One network call gives" : `${state.nfe} network calls give`;
-  return `${calls} ${name}'s policy; ${state.solver === "exact" ? "its exact solution" : "its rollout"} `
+  const calls = state.nfe === "1" ? `One network call gives ${name}'s policy`
+    : `${state.nfe} network calls give ${state.nfe} policies, one after the other`;
+  return `${calls}; ${state.solver === "exact" ? "its exact solution" : "its rollout"} `
     + `ends ${error} from the teacher. Drag the noise: the network is called again where you drop it.`;
 }
 

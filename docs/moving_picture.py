@@ -117,7 +117,7 @@ def draw_plane(axis) -> None:
 
 def draw_path(axis, states: list[torch.Tensor], reached: int, color: str) -> None:
     """The noise (open), the states until now, the point (full)."""
-    axis.plot(*states[0], "o", color="white", markeredgecolor=color, markersize=11, zorder=4)
+    axis.plot(*states[0], "o", color="white", markeredgecolor=color, markersize=11, zorder=4.2)
     axis.plot(*torch.stack(states[: reached + 1]).T, color=color, linewidth=3, zorder=4)
     axis.plot(*states[reached], "o", color=color, markeredgecolor="white", markersize=12, zorder=5)
 
