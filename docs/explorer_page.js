@@ -186,7 +186,7 @@ function sayWhatIsSeen() {
   }
   const calls = state.nfe === "1" ? `One network call gives ${name}'s policy`
     : `${state.nfe} network calls give ${state.nfe} policies, one after the other`;
-  return `${calls}; ${state.solver === "exact" ? "its exact solution" : "its rollout"} `
+  return `${calls}; ${state.solver === "exact" ? "the exact solution" : "the rollout"} `
     + `ends ${error} from the teacher. Drag the noise: the network is called again where you drop it.`;
 }
 
