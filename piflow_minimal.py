@@ -278,15 +278,15 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
     between = [] if through is None else list(through.to(x))
     stops = [_per_sample(tau_start, x), *between, _per_sample(tau_end, x)]
     stops = torch.stack(stops).clamp(min=0)  #                                    (P + 2, B)
-    step = _stepper(policy, solver)
     t, reached = _substeps(stops, shift, total_substeps, solver, longest)
+    step = _stepper(policy, solver, t)
     reached = reached.view(*reached.shape, *[1] * (x.ndim - 1))
     states = x.expand(len(between), *x.shape)  #                                  (P, B, C, *)
 
     if callback:
         callback(0, stops[0], x)
     for i in range(len(t) - 1):
-        x = step(x, t[i], t[i + 1])
+        x = step(x, i)
         if through is not None:
             states = torch.where(reached[i], x, states)
         if callback:
@@ -331,34 +331,49 @@ def _round_up(substeps: Tensor) -> Tensor:
     return (substeps - 1e-4).ceil().clamp(min=1)
 
 
-def _stepper(policy: Policy, solver: str) -> Callable:
-    """How the solver steps: x (B, C, *), t (B,), t_next (B,) -> x at t_next."""
-    t_before = x0_before = None
+def _stepper(policy: Policy, solver: str, t: Tensor) -> Callable:
+    """How the solver steps: (x (B, C, *) at t[i], i) -> x at t[i + 1]. t: (steps + 1, B)."""
+    dt = t.diff(dim=0)
 
-    def euler(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        return torch.addcmul(x, _expand(t_next - t, x), policy.velocity(x, t))
+    def euler(x: Tensor, i: int) -> Tensor:
+        return torch.addcmul(x, _expand(dt[i], x), policy.velocity(x, t[i]))
 
-    def deis(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        """x + (t_next - t) u + b (t_next log(t/t_next) + t_next - t), exact for x0_hat = a + b t.
+    x0_before = None
+    if solver == "deis":
+        bend = _deis_bends(t)
 
-        b is the slope of x0_hat between this and the last substep; 0 in the first.
-        """
-        nonlocal t_before, x0_before
-        u = policy.velocity(x, t)
-        x0 = x0_from_velocity(x, t, u)
-        x_next = torch.addcmul(x, _expand(t_next - t, x), u)
-        if t_before is not None:
-            end = t_next.clamp(min=EPS)
-            bend = end * (t.clamp(min=EPS) / end).log() + t_next - t
-            bend = bend / (t - t_before).clamp(max=-1e-4)  #  a tiny substep gives no slope
-            x_next = torch.addcmul(x_next, _expand(bend, x), x0 - x0_before)
-        t_before, x0_before = t, x0
+    def deis(x: Tensor, i: int) -> Tensor:
+        nonlocal x0_before
+        u = policy.velocity(x, t[i])
+        x0 = x0_from_velocity(x, t[i], u)
+        x_next = torch.addcmul(x, _expand(dt[i], x), u)
+        if i > 0:
+            x_next = torch.addcmul(x_next, _expand(bend[i], x), x0 - x0_before)
+        x0_before = x0
         return x_next
 
-    steps = {"euler": euler, "deis": deis, "exact": getattr(policy, "flow", None)}
-    if steps.get(solver) is None:
+    def exact(x: Tensor, i: int) -> Tensor:
+        return policy.flow(x, t[i], t[i + 1])
+
+    steps = {"euler": euler, "deis": deis}
+    if hasattr(policy, "flow"):
+        steps["exact"] = exact
+    if solver not in steps:
         raise ValueError(f"solver {solver!r}: must be euler, deis, or exact for a policy with flow")
     return steps[solver]
+
+
+def _deis_bends(t: Tensor) -> Tensor:
+    """What a change of x0_hat since the last substep adds to an Euler step. t: (steps + 1, B).
+
+    With x0_hat = a + b t, dx/dt = (x - x0_hat)/t has the exact step from t to t'
+        x' = x + (t' - t) u + b (t' log(t/t') + t' - t),    b = change / (t - t_before).
+    """
+    dt = t.diff(dim=0)
+    t = t.clamp(min=EPS)
+    bend = t[1:] * (t[:-1] / t[1:]).log() + dt
+    bend[1:] /= dt[:-1].clamp(max=-1e-4)  #  a tiny substep gives no slope
+    return bend  #                                                                (steps, B)
 
 
 # ==== pi-ID: imitation distillation ===============================================================
