@@ -36,27 +36,22 @@ Generator = torch.Generator | list[torch.Generator] | None  # a list: one for ea
 Teacher = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> u
 Student = Callable[[Tensor, Tensor], "Policy"]  # (x_src, t_src) -> policy
 
-
 # ==== Time ========================================================================================
 def shift_time(tau: Time, shift: float = 1.0) -> Time:
     """Raw time tau in [0, 1] -> noise level t in [0, 1]; shift > 1 spends more steps near noise."""
     return shift * tau / (1 + (shift - 1) * tau)
 
-
 def unshift_time(t: Time, shift: float = 1.0) -> Time:
     """Noise level t in [0, 1] -> raw time tau in [0, 1]; the inverse of `shift_time`."""
     return t / (shift + (1 - shift) * t)
-
 
 def x0_from_velocity(x: Tensor, t: Tensor, u: Tensor) -> Tensor:
     """The denoised state x_0 = x - t u. x, u: (B, C, *); t: (B,)."""
     return torch.addcmul(x, _expand(t, x), u, value=-1)
 
-
 def velocity_from_x0(x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     """The velocity u = (x - x_0) / t that leads to a denoised state. x, x0: (B, C, *); t: (B,)."""
     return (x - x0) / _expand(t, x).clamp(min=EPS)
-
 
 # ==== Policies (section 3) ========================================================================
 class Policy(Protocol):
@@ -68,14 +63,12 @@ class Policy(Protocol):
     def velocity(self, x: Tensor, t: Time) -> Tensor: ...  # pi(x, t), (B, C, *) -> (B, C, *)
     def detach(self) -> "Policy": ...  # the same policy without a gradient
 
-
 class GaussianMixture(NamedTuple):
     """K isotropic Gaussians over the velocity, at every location of a sample."""
 
     means: Tensor  #      (B, K, C, *)      mu_k
     logstds: Tensor  #    (B, 1, 1, *ones)  log std, one per sample
     logweights: Tensor  # (B, K, 1, *)      log A_k; need not be normalised
-
 
 class GMFlowPolicy:
     """The GMFlow policy: the network's posterior over x_0, updated by Bayes' rule (eq. 21 to 28).
@@ -169,7 +162,6 @@ class GMFlowPolicy:
         mixture = GaussianMixture(means, logstds + math.log(T) / 2, logweights)
         return type(self)(mixture, self.x_src, self.t_src)
 
-
 class DXPolicy:
     """The DX policy: pi(x, t) = (x - x0_hat(t)) / t, from N denoised states x_src - t_src v_i.
 
@@ -251,7 +243,6 @@ class DXPolicy:
         velocities, x_src = self.velocities.detach(), self.x_src.detach()
         return type(self)(velocities, x_src, self.t_src, self.segment_size, self.shift, self.mode)
 
-
 # ==== Rollout =====================================================================================
 def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: float = 1.0,
             total_substeps: int = 128, solver: str = "euler", callback: Callable | None = None,
@@ -293,7 +284,6 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
             callback(i + 1, unshift_time(t[i + 1], shift), x)
     return x if through is None else (x, list(states))
 
-
 def _substeps(stops: Tensor, shift: float, total_substeps: int, solver: str,
               longest: float | None) -> tuple[Tensor, Tensor]:
     """When the solver steps. stops: (P + 2, B) raw times, descending.
@@ -325,11 +315,9 @@ def _substeps(stops: Tensor, shift: float, total_substeps: int, solver: str,
     t = z**1.5 if solver == "deis" else shift_time(z, shift)
     return t, arrival[:-1] == i[1:]
 
-
 def _round_up(substeps: Tensor) -> Tensor:
     """At least 1; forgives rounding: 0.25 of 128 is 32."""
     return (substeps - 1e-4).ceil().clamp(min=1)
-
 
 def _stepper(policy: Policy, solver: str, t: Tensor) -> Callable:
     """How the solver steps: (x (B, C, *) at t[i], i) -> x at t[i + 1]. t: (steps + 1, B)."""
@@ -362,7 +350,6 @@ def _stepper(policy: Policy, solver: str, t: Tensor) -> Callable:
         raise ValueError(f"solver {solver!r}: must be euler, deis, or exact for a policy with flow")
     return steps[solver]
 
-
 def _deis_bends(t: Tensor) -> Tensor:
     """What a change of x0_hat since the last substep adds to an Euler step. t: (steps + 1, B).
 
@@ -374,7 +361,6 @@ def _deis_bends(t: Tensor) -> Tensor:
     bend = t[1:] * (t[:-1] / t[1:]).log() + dt
     bend[1:] /= dt[:-1].clamp(max=-1e-4)  #  a tiny substep gives no slope
     return bend  #                                                                (steps, B)
-
 
 # ==== pi-ID: imitation distillation ===============================================================
 class PiIDLoss(NamedTuple):
@@ -390,7 +376,6 @@ class PiIDLoss(NamedTuple):
         """The mean of t^power times the squared error, a scalar; `loss` is weighted(0)."""
         square = (self.u_policy - self.u_teacher).square().flatten(1).mean(1)  #  (M * B,)
         return (self.t**power * square).mean()
-
 
 def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Time,
                shift: float = 1.0, total_substeps: int = 128, num_intermediates: int = 2,
@@ -475,7 +460,6 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
     loss = (u_policy - u_teacher).square().mean()
     return PiIDLoss(loss, u_policy, u_teacher, t_a.flatten(), x_dst)
 
-
 def _mean_velocity(policy: Policy, x: Tensor, tau: Tensor, tau_end: Tensor, shift: float,
                    total_substeps: int, solver: str, longest: float | None) -> Tensor:
     """Of a rollout from x at tau down to tau_end; within 2 substeps, the velocity at x itself."""
@@ -485,7 +469,6 @@ def _mean_velocity(policy: Policy, x: Tensor, tau: Tensor, tau_end: Tensor, shif
     mean = (x - x_end) / _expand(t - t_end, x).clamp(min=EPS)
     short = ((tau - tau_end) * total_substeps).round() < 2
     return torch.where(_expand(short, x), policy.velocity(x, t), mean)
-
 
 def segment_of(tau: Time, nfe: int, final_step_size_scale: float = 1.0) -> tuple[Time, Time]:
     """The segment of raw time tau, in (0, 1]: tau rounded up to the grid of segment ends.
@@ -499,7 +482,6 @@ def segment_of(tau: Time, nfe: int, final_step_size_scale: float = 1.0) -> tuple
     i = (1 - tau) / base + 1e-6  #  segments above tau; a tau on the grid starts its own segment
     i = i.floor().clamp(max=nfe - 1) if isinstance(i, Tensor) else min(math.floor(i), nfe - 1)
     return 1 - i * base, base * (1 + (final_step_size_scale - 1) * (i == nfe - 1))
-
 
 def pi_id_data_dependent(student: Student, teacher: Teacher, x_0: Tensor, nfe: int = 1,
                          shift: float = 1.0, final_step_size_scale: float = 1.0,
@@ -518,7 +500,6 @@ def pi_id_data_dependent(student: Student, teacher: Teacher, x_0: Tensor, nfe: i
     eps = _draw(torch.randn, x_0.shape, x_0, generator)
     x_src = torch.lerp(x_0, eps, _expand(t_src, x_0))  #  (1 - t) x_0 + t eps
     return pi_id_loss(student(x_src, t_src), teacher, tau_src, segment_size, **options)
-
 
 def pi_id_data_free(student: Student, teacher: Teacher, noise: Tensor, nfe: int = 1,
                     shift: float = 1.0, final_step_size_scale: float = 1.0,
@@ -539,7 +520,6 @@ def pi_id_data_free(student: Student, teacher: Teacher, noise: Tensor, nfe: int 
         x_src = out.x_dst
         tau = tau_src - segment_size
 
-
 # ==== Sampler =====================================================================================
 class FlowMapSchedule(NamedTuple):
     """Levels of the few-step sampler, (nfe,) each."""
@@ -548,7 +528,6 @@ class FlowMapSchedule(NamedTuple):
     t_to: Tensor  #   the next level, 0 at the end
     t_dst: Tensor  #  where the policy is followed to; fresh noise leads back up to t_to
     m: Tensor  #      share of the old noise that is kept; 1 is deterministic
-
 
 def flow_map_schedule(nfe: int, shift: float = 1.0, final_step_size_scale: float = 1.0,
                       h: float = 0.0) -> FlowMapSchedule:
@@ -561,7 +540,6 @@ def flow_map_schedule(nfe: int, shift: float = 1.0, final_step_size_scale: float
     levels = [*_levels(nfe, shift, final_step_size_scale, h)]
     return FlowMapSchedule(*torch.tensor(levels, dtype=torch.float32).unbind(1))
 
-
 def _levels(nfe: int, shift: float, f: float, h: float) -> Iterator[tuple[float, ...]]:
     """(t_src, t_to, t_dst, m) of each step as Python numbers: they force no device sync."""
     segment_of(1.0, nfe, f)  #  checks nfe
@@ -569,7 +547,6 @@ def _levels(nfe: int, shift: float, f: float, h: float) -> Iterator[tuple[float,
     for t_src, t_to in zip(t, [*t[1:], 0.0], strict=True):
         m = (t_to * (1 - t_src) / (t_src * (1 - t_to))) ** (h * h)
         yield t_src, t_to, t_to * m / (1 - t_to + t_to * m), m
-
 
 @torch.no_grad()
 def sample(student: Student, noise: Tensor, nfe: int = 1, shift: float = 1.0,
@@ -599,17 +576,14 @@ def sample(student: Student, noise: Tensor, nfe: int = 1, shift: float = 1.0,
             x = (1 - t_to + t_to * m) * x + t_to * math.sqrt(1 - m * m) * eps
     return x
 
-
 # ==== Helpers =====================================================================================
 def _expand(t: Tensor, x: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, ...) with as many dims as x, so that it broadcasts."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
-
 def _upcast(x: Tensor) -> Tensor:
     """The precision of policies: float32, or float64 for float64 inputs."""
     return x if x.dtype == torch.float64 else x.float()
-
 
 def _per_sample(value: Time, x: Tensor) -> Tensor:
     """A number, () or (B,) -> (B,), of the dtype and on the device of x."""
@@ -617,11 +591,9 @@ def _per_sample(value: Time, x: Tensor) -> Tensor:
         return x.new_full((len(x),), value)  #  a copy of the number would force a device sync
     return torch.as_tensor(value, device=x.device, dtype=x.dtype).expand(len(x))
 
-
 def _check_shape(name: str, x: Tensor, like: Tensor) -> None:
     if x.shape != like.shape:
         raise ValueError(f"{name} {tuple(x.shape)}: must be {tuple(like.shape)}")
-
 
 def _draw(draw: Callable, shape: tuple, x: Tensor, generator: Generator) -> Tensor:
     """torch.rand or torch.randn (B, ...) on each generator's device, moved beside x."""
