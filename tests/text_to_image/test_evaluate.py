@@ -21,6 +21,7 @@ import text_to_image.cache_prompts as cache_prompts  # noqa: E402
 import text_to_image.evaluate as evaluation  # noqa: E402
 from common import fashion  # noqa: E402
 from common.cli import parse  # noqa: E402
+from common.images import list_images
 from common.train import Place  # noqa: E402
 from text_to_image.evaluate import TINY_PROMPTS, Settings, evaluate, main, read_set  # noqa: E402
 from text_to_image.families import FAMILIES  # noqa: E402
@@ -169,9 +170,8 @@ def test_fid_of_shifted_pictures(tmp_path):
         Image.fromarray(picture).save(files[-1])
         wide = np.pad(picture + 10, ((0, 0), (4, 4), (0, 0)))  # cut to a square
         Image.fromarray(wide).save(tmp_path / "real" / "deeper" / f"{i}.png")
-    assert evaluation.fid(files, tmp_path / "real", None, ONE.device) == pytest.approx(
-        300, rel=1e-4
-    )
+    found = evaluation.fid(files, list_images(tmp_path / "real"), net, ONE.device)
+    assert found == pytest.approx(300, rel=1e-4)
 
 
 def test_hps_score_by_its_package(monkeypatch):
