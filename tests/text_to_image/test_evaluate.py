@@ -21,7 +21,7 @@ import text_to_image.cache_prompts as cache_prompts  # noqa: E402
 import text_to_image.evaluate as evaluation  # noqa: E402
 from common import fashion  # noqa: E402
 from common.cli import parse  # noqa: E402
-from common.images import list_images
+from common.images import list_images  # noqa: E402
 from common.train import Place  # noqa: E402
 from text_to_image.evaluate import TINY_PROMPTS, Settings, evaluate, main, read_set  # noqa: E402
 from text_to_image.families import FAMILIES  # noqa: E402
