@@ -123,7 +123,7 @@ def make_page() -> str:
 
 @one_thread()
 def main(argv: list[str] | None = None) -> None:
-    """Trains if told so, and writes docs/explorer.html."""
+    """With --train trains the students; writes docs/explorer.html."""
     settings = parse(Settings, __doc__, argv)
     if settings.train:
         for policy in ("gmflow", "dx"):

@@ -429,7 +429,7 @@ def test_a_checkpoint_of_a_run_states_what_its_student_does(tmp_path):
 
 @pytest.mark.parametrize("inside", ["diffusion.denoising.", "diffusion."])
 def test_a_public_training_checkpoint_is_its_average(tmp_path, inside):
-    """Student, moving average and teacher in one state dict, told apart by their prefixes."""
+    """Student, moving average and teacher in one state dict, distinguished by their prefixes."""
     average, student = random_net(head="gmflow", components=3, norm2_eps=1e-5), {}
     published = to_published(average.state_dict())
     student = {f"{inside}{key}": value + 1 for key, value in published.items()}
