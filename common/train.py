@@ -396,14 +396,16 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
                     f"from before, iteration {state.iteration}, are saved; try a lower --lr than "
                     f"{s.lr} in another --out"
                 )
-            if due(state.iteration, s.save_every, last) and (last or not bad):
-                save(s, state, task)
-            found = {}
-            if due(state.iteration, s.eval_every, last):
-                with state.averaged() as net, torch.no_grad():
-                    found = task.evaluate(net, state.iteration)
-            if found or due(state.iteration, s.log_every, last):
-                log.write(state, found)
+            try:
+                found = {}
+                if due(state.iteration, s.eval_every, last):
+                    with state.averaged() as net, torch.no_grad():
+                        found = task.evaluate(net, state.iteration)
+                if found or due(state.iteration, s.log_every, last):
+                    log.write(state, found)
+            finally:  # also if the evaluation fails
+                if due(state.iteration, s.save_every, last) and (last or not bad):
+                    save(s, state, task)
     if place.rank == 0 and state.iteration <= s.iterations:
         done = state.iteration == s.iterations
         rest = "" if done else "; stopped: run the same command again to continue"

@@ -525,6 +525,16 @@ def test_evaluations_need_not_wait_for_a_line_of_the_log(tmp_path):
     assert lines == {2: True, 3: False, 4: True, 5: True}
 
 
+def test_a_failing_evaluation_loses_no_training(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no font for the picture")
+
+    monkeypatch.setattr(Task, "evaluate", fail)
+    with pytest.raises(OSError, match="no font"):
+        run(tmp_path, eval_every=4)
+    assert newest(tmp_path)["iteration"] == 4
+
+
 def test_an_evaluation_sees_the_average_and_changes_nothing(tmp_path):
     plain, evaluated = run(tmp_path / "a"), run(tmp_path / "b", eval_every=1)
     for a, b in zip(plain.weights, evaluated.weights, strict=True):
