@@ -247,8 +247,9 @@ class PromptCache:
         if not names:
             raise ValueError(f"--prompts {folder}: no shards; see text_to_image.cache_prompts")
         shards = [Shard(join(folder, name)) for name in names]
-        wanted = shards[0].about | {"family": family.name, "base": base}
-        wanted |= {"negative": repr(family.negative_prompt), "width": width}
+        needed = {"family": family.name, "base": base, "width": width}
+        needed |= {"negative": repr(family.negative_prompt)}
+        wanted = needed | shards[0].about | needed  # what is needed is compared first
         for shard in shards:
             given = shard.about | {"width": shard.tensors["embeds"]["shape"][1]}
             for key, value in wanted.items():
