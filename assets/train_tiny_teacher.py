@@ -30,6 +30,7 @@ from torch import Tensor
 from common import fashion, frechet
 from common.cli import DEVICE_HELP, parse, pick_device, run_cli, setting
 from common.files import writing
+from common.plots import image_rows, save_figure
 from common.teachers import integrate_teacher
 from common.train import ema_decay
 from imagenet.checkpoints import save_dit
@@ -224,7 +225,10 @@ def main(argv: list[str] | None = None) -> None:
     device = next(net.parameters()).device
     labels = (torch.arange(settings.judged) % 10).to(device)
     samples = draw_samples(net, labels)
-    save_grid(samples[: min(80, len(samples) // 10 * 10)], settings.work / "samples.png")
+    shown = samples[:80].split(10)
+    rows = {f"sample {i + 1}": part for i, part in enumerate(shown) if len(part) == 10}
+    columns = [name.split("/")[0] for name in fashion.CLASSES]
+    save_figure(image_rows(rows, columns=columns), settings.work / "samples.png")
     judge = fashion.load_features(features, device)
     print(
         f"{len(samples)} samples, guidance {GUIDANCE} on t <= {INTERVAL[1]}, {STEPS} Euler steps:"
