@@ -22,6 +22,7 @@ def in_bfloat16(policy: core.GMFlowPolicy) -> core.GMFlowPolicy:
 
 @torch.no_grad()
 def main() -> None:
+    """Prints the three distances."""
     net = load_dit(ASSETS / "tiny_student.safetensors")
     noise = torch.randn(100, 4, 14, 14, generator=torch.Generator().manual_seed(0))
     outputs = dit_student(net, torch.arange(100) % 10)(noise, torch.ones(100))

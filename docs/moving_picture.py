@@ -106,6 +106,7 @@ def draw_frame(scene: Scene, now: float, dpi: int) -> Image.Image:
 
 
 def draw_plane(axis) -> None:
+    """The frame and the squares of the data."""
     axis.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
     axis.grid(False)
     axis.spines[:].set_color("0.8")
@@ -159,6 +160,7 @@ def save_gif(frames: list[Image.Image], path: Path) -> None:
 
 @torch.no_grad()
 def main() -> None:
+    """Writes assets/policy.gif and assets/policy.png."""
     scene = Scene()
     seconds = [i / FRAMES_PER_SECOND for i in range(round(END * FRAMES_PER_SECOND))]
     save_gif([draw_frame(scene, now, dpi=100) for now in seconds], ASSETS / "policy.gif")

@@ -57,6 +57,7 @@ def shrink(png: str) -> str:
 
 
 def main(names: list[str]) -> None:
+    """Writes badge and first cell into notebooks, all of them if none is named."""
     for path in [FOLDER / name for name in names] or sorted(FOLDER.glob("*.ipynb")):
         notebook = json.loads(path.read_text("utf-8"))
         title, code = notebook["cells"][:2]

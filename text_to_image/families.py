@@ -239,6 +239,8 @@ class Family:
 
 
 class Qwen(Family):
+    """Qwen-Image: guidance by a second, unconditional branch."""
+
     name = "qwen"
     repo = "Qwen/Qwen-Image"
     pipeline = "QwenImagePipeline"
@@ -267,6 +269,8 @@ class Qwen(Family):
 
 
 class Flux(Family):
+    """FLUX.1 [dev]: guidance is embedded."""
+
     name = "flux"
     repo = "black-forest-labs/FLUX.1-dev"
     pipeline = "FluxPipeline"
@@ -296,6 +300,8 @@ class Flux(Family):
 
 
 class Flux2(Family):
+    """FLUX.2 [dev]: guidance is embedded; reference images are tokens beside the noise."""
+
     name = "flux2"
     repo = "black-forest-labs/FLUX.2-dev"
     pipeline = "Flux2Pipeline"
