@@ -55,9 +55,11 @@ def read_prompt_file(
             continue
         with naming(f"{path}, line {number}"):
             row = json.loads(line)
-            values = [row[field] for field in (column, images) if field]
+            fields = [field for field in (column, images) if field]
+            values = [row.get(field) for field in fields] if isinstance(row, dict) else [None]
             if not all(isinstance(value, str) for value in values):
-                raise ValueError(f"{values}: must be texts")
+                needed = f"an object with a text in {' and '.join(fields)}"
+                raise ValueError(f"{line.strip()[:60]} must be {needed}")
         rows.append((values[0].strip(), path.parent / values[1] if images else None))
     return _without_empty(rows, path)
 
