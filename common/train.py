@@ -142,6 +142,9 @@ class State:
         try:
             yield self.net.eval()
         finally:
+            for module in self.net.modules():
+                if hasattr(module, "reshard"):  # fully_shard keeps gathered what a backward frees
+                    module.reshard()
             self._swap()
             self.net.train()
 

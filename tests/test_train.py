@@ -432,7 +432,7 @@ def test_a_broken_package_is_not_called_missing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shard", PLAIN_OR_SHARDED)
 def test_two_processes_equal_one(tmp_path, shard):
     """Six samples, two at a time, on two processes; and one process continues what they began."""
-    options = {"iterations": 3, "log_every": 1, "eval_every": 3, "batch": 8}
+    options = {"iterations": 3, "log_every": 1, "eval_every": 1, "batch": 8}
     run(tmp_path / "one", **options)
     run_two("engine_task", flags(out=tmp_path / "two", shard=shard, **options))
     one, two = stats(tmp_path / "one"), stats(tmp_path / "two")
