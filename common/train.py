@@ -377,7 +377,7 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             stop = torch.full_like(loss, len(received))
             numbers = total(torch.stack([loss, norm / place.world, stop]))
-            loss, norm, stop = numbers.tolist()  #  the only device sync of an iteration
+            loss, norm, stop = numbers.tolist()  #  the only device sync of the loop itself
 
             finite = math.isfinite(loss + norm)
             if finite:
