@@ -14,8 +14,9 @@ t = 1 is noise, t = 0 is data, x_0 is data. Equations, algorithms: arXiv 2510.14
     u             u, velocity       (B, C, *)        dx/dt = eps - x_0, hence x_0 = x - t u
     x_src, t_src  x_src, t_src      (B, C, *), (B,)  where the network was evaluated
     pi(x, t)      policy.velocity   (B, C, *)        valid for every t <= t_src
-    A, mu, std    GaussianMixture   (B, K, ...)      weights, means, std of K velocity components
-    x0_hat        policy.x0_hat     (B, C, *)        denoised state, interpolated between N of them
+    A_k, mu_k     GaussianMixture   (B, K, ...)      weights and means of K velocity components
+    std           GaussianMixture   (B, 1, ...)      their common standard deviation
+    x0_hat        policy.x0_hat     (B, C, *)        denoised state, from N outputs of the network
 
 A *teacher* is any callable (x, t) -> u. A *student* is any callable (x_src, t_src) -> policy. The
 caller closes over labels, prompts and guidance: nothing here knows which network is behind them.
@@ -35,6 +36,34 @@ Time = float | Tensor
 Generator = torch.Generator | list[torch.Generator] | None  # a list: one for each sample
 Teacher = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> u
 Student = Callable[[Tensor, Tensor], "Policy"]  # (x_src, t_src) -> policy
+
+# ==== Shapes, precision, random draws =============================================================
+def _expand(t: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, ...) with as many dims as x, so that it broadcasts."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+def _upcast(x: Tensor) -> Tensor:
+    """The precision of policies: float32, or float64 for float64 inputs."""
+    return x if x.dtype == torch.float64 else x.float()
+
+def _per_sample(value: Time, x: Tensor) -> Tensor:
+    """A number, () or (B,) -> (B,), of the dtype and on the device of x."""
+    if isinstance(value, NUMBER):
+        return x.new_full((len(x),), value)  #  a copy of the number would force a device sync
+    return torch.as_tensor(value, device=x.device, dtype=x.dtype).expand(len(x))
+
+def _check_shape(name: str, x: Tensor, like: Tensor) -> None:
+    if x.shape != like.shape:
+        raise ValueError(f"{name} {tuple(x.shape)}: must be {tuple(like.shape)}")
+
+def _draw(draw: Callable, shape: tuple, x: Tensor, generator: Generator) -> Tensor:
+    """torch.rand or torch.randn (B, ...) on each generator's device, moved beside x."""
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} samples")
+        return torch.stack([_draw(draw, shape[1:], x, one) for one in generator])
+    device = x.device if generator is None else generator.device
+    return draw(shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 # ==== Time ========================================================================================
 def shift_time(tau: Time, shift: float = 1.0) -> Time:
@@ -75,7 +104,8 @@ class GMFlowPolicy:
 
     1. The output is a mixture over u at (x_src, t_src), so one over x_0 = x_src - t_src u: means
        m_k = x_src - t_src mu_k, variance var = (t_src std)^2. It is p(x_0 | x_src).
-    2. p(x_0 | x) ~ p(x_0 | x_src) p(x | x_0) / p(x_src | x_0) with p(x | x_0) = N(alpha x_0, t^2).
+    2. p(x_0 | x) is proportional to p(x_0 | x_src) p(x | x_0) / p(x_src | x_0), where p(x | x_0) is
+       N(alpha x_0, t^2).
     3. As a function of x_0 that ratio is a Gaussian factor exp(nu . x_0 - zeta |x_0|^2 / 2),
            zeta = (alpha/t)^2 - (alpha_src/t_src)^2,    nu = alpha x/t^2 - alpha_src x_src/t_src^2.
     4. N(m_k, var) times it has mean (m_k + var nu)/d and variance var/d, with d = 1 + var zeta.
@@ -95,8 +125,8 @@ class GMFlowPolicy:
                              "(B, K, C, *), (B, 1, 1, *ones), (B, K, 1, *), (B, C, *)")  # fmt: skip
         self.mixture = mixture
         self.x_src = x_src
-        self.t_src = _per_sample(t_src, _upcast(mixture.means))
         means, logstds, logweights, x = (_upcast(part) for part in (*mixture, x_src))
+        self.t_src = _per_sample(t_src, means)
         t = self.t_src.view(b, 1, 1)
         p = math.prod(spatial)  #  locations
         x = x.reshape(b, c, p)
@@ -116,27 +146,27 @@ class GMFlowPolicy:
 
         `velocity` in the README's 40 lines is the readable form. As t -> 0 its x and x_0 cancel,
         and 1/t magnifies the rounding. Here x_0 is measured from the means' center, so that x
-        becomes y = x - alpha center and u becomes u + center, and with r = alpha/t
-            u + center = ((1 - var (r + zeta_src)) y + var nu_src - sum_k w_k m_k) / (d t),
-        where what cancels is cancelled on paper. No result depends on the center: it is detached,
-        and takes no gradient with it. d >= 1 for t <= t_src; the clamp is for a t above.
+        becomes y = x - alpha center and u becomes u + center, and with ratio = alpha/t
+            u + center = ((1 - var (ratio + zeta_src)) y + var nu_src - sum_k w_k m_k) / (d t),
+        where what cancels is cancelled on paper. No result depends on the center, so it needs no
+        gradient. d >= 1 for t <= t_src; the clamp is for a t above.
         """
         _check_shape("state x", x, self.x_src)
         t = _per_sample(t, self.center).view(-1, 1, 1).clamp(min=EPS)  #          (B, 1, 1)
         alpha = 1 - t
-        r = alpha / t
-        zeta = r**2 - self.zeta_src
+        ratio = alpha / t
+        zeta = ratio**2 - self.zeta_src
         d = (1 + self.var * zeta).clamp(min=EPS)
         x_flat = _upcast(x).reshape(self.center.shape)
         y = torch.addcmul(x_flat, alpha, self.center, value=-1)  #                (B, C, P)
         # As attention over k: query nu/d, keys m_k, bias log A_k - zeta/d |m_k|^2/2, values m_k.
-        query = ((r / t * y - self.nu_src) / d).unbind(1)  #                  C x (B, P)
+        query = ((ratio / t * y - self.nu_src) / d).unbind(1)  #              C x (B, P)
         logits = torch.addcmul(self.log_A, self.m[0], query[0][:, None])  #       (B, K, P)
         for m_c, query_c in zip(self.m[1:], query[1:], strict=True):  #  no (B, K, C, P) temporary
             logits.addcmul_(m_c, query_c[:, None])
         w = logits.addcmul_(zeta / d, self.half_norm, value=-1).softmax(1)
         mean = torch.stack([(w * m_c).sum(1) for m_c in self.m], dim=1)  #        (B, C, P)
-        u = torch.addcmul(self.var_nu_src - mean, 1 - self.var * (r + self.zeta_src), y)
+        u = torch.addcmul(self.var_nu_src - mean, 1 - self.var * (ratio + self.zeta_src), y)
         return (u / (d * t) - self.center).reshape(x.shape)
 
     def detach(self) -> "GMFlowPolicy":
@@ -167,10 +197,10 @@ class DXPolicy:
 
     mode="grid": they sit at equal distances of tau on [tau_src - segment_size, tau_src] (clamped at
         0), the first at the segment's end, the last at tau_src; linear between, constant outside.
-    mode="polynomial": x0_hat = sum_i (tau_src - tau)^i (x_src - t_src v_i), i from 0.
+    mode="polynomial": x0_hat = sum_i (tau_src - tau)^i (x_src - t_src v_i), i from 0 at tau_src.
 
-    Args: velocities v_i: (B, N, C, *); x_src: (B, C, *); t_src in (0, 1]; segment_size in [0, 1]
-        and shift stay as trained. Raises: ValueError if shapes do not fit, or for another mode.
+    Args: velocities v_i: (B, N, C, *); x_src: (B, C, *); t_src in (0, 1]; segment_size, in [0, 1],
+        and shift: those of training. Raises: ValueError if shapes do not fit, or for another mode.
     """
 
     def __init__(self, velocities: Tensor, x_src: Tensor, t_src: Time, segment_size: Time = 1.0,
@@ -232,7 +262,7 @@ class DXPolicy:
         grid = self.tau_dst + grid * self.length  #                               (N, B)
         grid = grid.minimum(tau).maximum(tau_end)  #  a piece outside gets log 1 = 0
         logs = grid.log().diff(dim=0).T  #                                        (B, N - 1)
-        weights = logs * pieces / self.length[:, None]  #  slope_j log_j = rise_j weight_j
+        weights = logs / (self.length[:, None] / pieces)  #  slope_j is a change over this length
         weights = weights.reshape(*weights.shape, *[1] * (x.ndim - 1))
         integral = (weights * self.x0.diff(dim=1)).sum(1)  #                      (B, C, *)
         integral += self.x0_hat(t_end) / _expand(tau_end, x) - self.x0_hat(t) / _expand(tau, x)
@@ -252,32 +282,44 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
 
     Args:
         x: (B, C, *) at tau_start; tau_start and tau_end in [0, 1].
-        total_substeps: per unit of tau; max(1, ceil(length * this)) between any two stops.
+        total_substeps: per unit of tau: a length takes max(1, ceil(length * this)) equal substeps.
         solver: "euler", uniform in tau: the published protocol. "deis", uniform in t^(1/1.5):
             second-order exponential multistep (arXiv 2204.13902). "exact": the policy's `flow`.
         callback: called with (substep, tau (B,), x) at the start and after each substep.
-        through: (P, B) raw times on the way, descending: returns (x_end, list of P states).
-        longest: bound of tau_start - tau_end, without which tensor times force a device sync.
-            `torch.export` and fullgraph=True need times that are numbers.
-    Returns: x_end (B, C, *). Raises: ValueError for an unknown solver, or "exact" without `flow`.
+        through: (M, B) raw times on the way, descending, where each sample stops too.
+        longest: an upper bound of tau_start - tau_end. Tensor times without it force a device sync,
+            which `torch.export` and fullgraph=True refuse.
+    Returns: x_end (B, C, *); with `through` (x_end, list of M states).
+    Raises: ValueError for an unknown solver, or "exact" without `flow`.
     """
     x = _upcast(x)
-    if through is None and isinstance(tau_start, NUMBER) and isinstance(tau_end, NUMBER):
+    if solver not in ("euler", "deis") and not (solver == "exact" and hasattr(policy, "flow")):
+        raise ValueError(f"solver {solver!r}: must be euler, deis, or exact for a policy with flow")
+    if isinstance(tau_start, NUMBER) and isinstance(tau_end, NUMBER):
         longest = tau_start - tau_end
-    elif x.device.type == "cpu":
-        longest = None  #  there the number of substeps itself can be read, at no cost
     between = [] if through is None else list(through.to(x))
     stops = [_per_sample(tau_start, x), *between, _per_sample(tau_end, x)]
-    stops = torch.stack(stops).clamp(min=0)  #                                    (P + 2, B)
+    stops = torch.stack(stops).clamp(min=0)  #                                    (M + 2, B)
     t, reached = _substeps(stops, shift, total_substeps, solver, longest)
-    step = _stepper(policy, solver, t)
+    dt = t.diff(dim=0)
+    bend = _deis_bends(t)
+    x0_before = 0
     reached = reached.view(*reached.shape, *[1] * (x.ndim - 1))
-    states = x.expand(len(between), *x.shape)  #                                  (P, B, C, *)
+    states = x.expand(len(between), *x.shape)  #                                  (M, B, C, *)
 
     if callback:
         callback(0, stops[0], x)
-    for i in range(len(t) - 1):
-        x = step(x, i)
+    for i in range(len(dt)):
+        if solver == "exact":
+            x = policy.flow(x, t[i], t[i + 1])
+        else:
+            u = policy.velocity(x, t[i])
+            x_next = torch.addcmul(x, _expand(dt[i], x), u)
+            if solver == "deis":
+                x0 = x0_from_velocity(x, t[i], u)
+                x_next = torch.addcmul(x_next, _expand(bend[i], x), x0 - x0_before)
+                x0_before = x0
+            x = x_next
         if through is not None:
             states = torch.where(reached[i], x, states)
         if callback:
@@ -286,11 +328,11 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
 
 def _substeps(stops: Tensor, shift: float, total_substeps: int, solver: str,
               longest: float | None) -> tuple[Tensor, Tensor]:
-    """When the solver steps. stops: (P + 2, B) raw times, descending.
+    """When the solver steps. stops: (M + 2, B) raw times, descending.
 
-    Each sample cuts each gap between its stops into n equal substeps of z = tau (Euler) or of
+    Each sample cuts each gap between its stops into equal substeps of z = tau (Euler) or of
     z = t^(1/1.5) (DEIS: denser near data), and waits at its last stop until the others are there.
-    Returns: t (steps + 1, B) noise levels; reached (steps, P, B): does substep i end at stop p + 1?
+    Returns: t (steps + 1, B) noise levels; reached (steps, M, B): does substep i end at stop m + 1?
     """
     if solver == "exact":  #  one step for each gap
         reached = torch.eye(len(stops) - 1, len(stops) - 2, device=stops.device).bool()
@@ -302,15 +344,16 @@ def _substeps(stops: Tensor, shift: float, total_substeps: int, solver: str,
         z = shift_time(stops, shift) ** (1 / 1.5)
         in_all = _round_up((stops[0] - stops[-1]) * total_substeps)
         substeps_per_z = in_all / (z[0] - z[-1]).clamp(min=EPS)
-    gap = z[:-1] - z[1:]  #                                                       (P + 1, B)
-    n = _round_up(gap * substeps_per_z)
-    arrival = n.cumsum(0)  #  substeps from the start to the end of each gap
+    gap = z[:-1] - z[1:]  #                                                       (M + 1, B)
+    substeps = _round_up(gap * substeps_per_z)
+    arrival = substeps.cumsum(0)  #  substeps from the start to the end of each gap
+    departure = arrival - substeps
     if longest is None:
         steps = int(max(arrival[-1].tolist(), default=1))
-    else:
+    else:  #  rounding up adds at most one for each stop on the way
         steps = max(1, math.ceil(longest * total_substeps - 1e-4)) + len(gap) - 1
     i = torch.arange(steps + 1, device=stops.device)[:, None, None]
-    done = ((i - (arrival - n)) / n).clamp(0, 1)  #  share of each gap     (steps + 1, P + 1, B)
+    done = ((i - departure) / substeps).clamp(0, 1)  #  share of each gap  (steps + 1, M + 1, B)
     z = (z[0] - (gap * done).sum(1)).clamp(min=0)  #                              (steps + 1, B)
     t = z**1.5 if solver == "deis" else shift_time(z, shift)
     return t, arrival[:-1] == i[1:]
@@ -318,37 +361,6 @@ def _substeps(stops: Tensor, shift: float, total_substeps: int, solver: str,
 def _round_up(substeps: Tensor) -> Tensor:
     """At least 1; forgives rounding: 0.25 of 128 is 32."""
     return (substeps - 1e-4).ceil().clamp(min=1)
-
-def _stepper(policy: Policy, solver: str, t: Tensor) -> Callable:
-    """How the solver steps: (x (B, C, *) at t[i], i) -> x at t[i + 1]. t: (steps + 1, B)."""
-    dt = t.diff(dim=0)
-
-    def euler(x: Tensor, i: int) -> Tensor:
-        return torch.addcmul(x, _expand(dt[i], x), policy.velocity(x, t[i]))
-
-    x0_before = None
-    if solver == "deis":
-        bend = _deis_bends(t)
-
-    def deis(x: Tensor, i: int) -> Tensor:
-        nonlocal x0_before
-        u = policy.velocity(x, t[i])
-        x0 = x0_from_velocity(x, t[i], u)
-        x_next = torch.addcmul(x, _expand(dt[i], x), u)
-        if i > 0:
-            x_next = torch.addcmul(x_next, _expand(bend[i], x), x0 - x0_before)
-        x0_before = x0
-        return x_next
-
-    def exact(x: Tensor, i: int) -> Tensor:
-        return policy.flow(x, t[i], t[i + 1])
-
-    steps = {"euler": euler, "deis": deis}
-    if hasattr(policy, "flow"):
-        steps["exact"] = exact
-    if solver not in steps:
-        raise ValueError(f"solver {solver!r}: must be euler, deis, or exact for a policy with flow")
-    return steps[solver]
 
 def _deis_bends(t: Tensor) -> Tensor:
     """What a change of x0_hat since the last substep adds to an Euler step. t: (steps + 1, B).
@@ -360,9 +372,28 @@ def _deis_bends(t: Tensor) -> Tensor:
     t = t.clamp(min=EPS)
     bend = t[1:] * (t[:-1] / t[1:]).log() + dt
     bend[1:] /= dt[:-1].clamp(max=-1e-4)  #  a tiny substep gives no slope
+    bend[:1] = 0  #  the first substep has none before it
     return bend  #                                                                (steps, B)
 
 # ==== pi-ID: imitation distillation ===============================================================
+def segment_of(tau: Time, nfe: int, final_step_size_scale: float = 1.0) -> tuple[Time, Time]:
+    """The segment of raw time tau, in (0, 1]: tau rounded up to the grid of segment ends.
+
+    nfe segments of 1 / (nfe - 1 + f) each, f = final_step_size_scale > 0; the last is f times that.
+    Returns: (tau_src, segment_size), numbers or (B,) as tau is. Raises: ValueError for nfe < 1.
+    """
+    if nfe < 1:
+        raise ValueError(f"nfe = {nfe}: must be at least 1")
+    base = 1 / (nfe - 1 + final_step_size_scale)
+    i = (1 - tau) / base + 1e-6  #  segments above tau; a tau on the grid starts its own segment
+    if isinstance(i, Tensor):
+        i = i.floor().clamp(max=nfe - 1)
+        is_last = (i == nfe - 1).to(i.dtype)
+    else:
+        i = min(math.floor(i), nfe - 1)
+        is_last = i == nfe - 1
+    return 1 - i * base, base * (1 + (final_step_size_scale - 1) * is_last)
+
 class PiIDLoss(NamedTuple):
     """What `pi_id_loss` returns. M intermediates of B samples: sample b of m is row m * B + b."""
 
@@ -391,8 +422,8 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
         teacher_ratio: r, the share of the segment that M Euler steps of the teacher take, between
             rollouts of the detached policy (scheduled trajectory mixing): from 1 to 0 early in
             training, for guidance-distilled teachers.
-        window_substeps: with r or a micro-window the policy's mean velocity is compared, over the
-            teacher's step and the window. DX needs it: 1/t magnifies its velocity's errors.
+        window_substeps: the policy's mean velocity over the teacher's step and this micro-window is
+            compared, if either is there. DX needs it: 1/t magnifies its velocity's errors.
         dropout: in [0, 1), of the detached policy's components (GMFlow).
         uniforms: ((B, M), (B, M - 1)) in [0, 1) replace the random draws: replays a loss. Or a
             function (tau_src (B,), segment_size (B,)) -> such a pair: query times of one's own.
@@ -409,8 +440,8 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
     options = {"shift": shift, "total_substeps": total_substeps, "solver": solver}
     options["longest"] = segment_size if isinstance(segment_size, NUMBER) else None
 
-    # 1. When: the teacher is queried at tau_a, and its Euler step ends at tau_b. Of what the window
-    # leaves of the segment the policy has covered (1 - r) place by then, and the teacher r cuts.
+    # 1. When: the teacher is queried at tau_a, and its Euler step ends at tau_b. Rollouts and these
+    # steps share the segment less the window: they have covered (1 - r) place and r cuts of it.
     if uniforms is None:
         shapes = (len(x), num_intermediates), (len(x), num_intermediates - 1)
         uniforms = [_draw(torch.rand, shape, x, generator) for shape in shapes]
@@ -419,13 +450,13 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
     place, cuts = (draws.to(x).T.sort(0).values for draws in uniforms)  #         (M, B), (M - 1, B)
     zero = torch.zeros_like(tau)[None]
     cuts = torch.cat([zero, cuts, zero + 1])  #                                   (M + 1, B)
-    window = window_substeps * segment / (segment * total_substeps).round().clamp(min=1)
-    window = window.minimum(segment)
+    substep = segment / (segment * total_substeps).round().clamp(min=1)
+    window = (window_substeps * substep).minimum(segment)
     tau_a = tau - (segment - window) * ((1 - r) * place + r * cuts[:-1])  #       (M, B)
     tau_b = tau - (segment - window) * ((1 - r) * place + r * cuts[1:])  #        (M, B)
+    tau_end = tau_b - window
     tau_dst = tau - segment
-    t_a = shift_time(tau_a.clamp(min=0), shift)
-    t_b = shift_time(tau_b.clamp(min=0), shift)
+    t_a, t_b, t_end = (shift_time(v.clamp(min=0), shift) for v in (tau_a, tau_b, tau_end))
 
     # 2. Where: the detached policy moves the state there, and the teacher gives its velocity.
     with torch.no_grad():
@@ -438,50 +469,31 @@ def pi_id_loss(policy: Policy, teacher: Teacher, tau_src: Time, segment_size: Ti
         else:  #  trajectory mixing: rollout, Euler step of the teacher, rollout, ...
             x_a = []
             u_a = []
-            for m in range(num_intermediates):
-                x_a.append(rollout(detached, x, tau, tau_a[m], **options))
-                u_a.append(teacher(x_a[m], t_a[m]))
-                x = x_a[m] + _expand(t_b[m] - t_a[m], x) * u_a[m]
-                tau = tau_b[m]
+            for i in range(num_intermediates):
+                x_a.append(rollout(detached, x, tau, tau_a[i], **options))
+                u_a.append(teacher(x_a[i], t_a[i]))
+                x = x_a[i] + _expand(t_b[i] - t_a[i], x) * u_a[i]
+                tau = tau_b[i]
             x_dst = rollout(detached, x, tau, tau_dst, **options)
         u_teacher = _upcast(torch.cat(u_a))
     _check_shape("velocity of the teacher", u_teacher, torch.cat(x_a))
 
     # 3. Compare: the policy, with gradient, at the same states.
-    if r == 0 and window_substeps == 0:
-        u_policy = [policy.velocity(x, t) for x, t in zip(x_a, t_a, strict=True)]
-    else:
-        if options["longest"]:
-            substep = segment_size / max(1, round(segment_size * total_substeps))
-            options["longest"] = r * segment_size + window_substeps * substep
-        spans = zip(x_a, tau_a, tau_b - window, strict=True)
-        u_policy = [_mean_velocity(policy, *span, **options) for span in spans]
+    if options["longest"]:
+        substeps = max(1, round(segment_size * total_substeps))
+        options["longest"] = (r + window_substeps / substeps) * segment_size
+    u_policy = []
+    for i, x in enumerate(x_a):
+        u = policy.velocity(x, t_a[i])
+        if r > 0 or window_substeps > 0:  #  the mean velocity down to tau_end
+            x_end = rollout(policy, x, tau_a[i], tau_end[i], **options)
+            mean = (x - x_end) / _expand(t_a[i] - t_end[i], x).clamp(min=EPS)
+            short = ((tau_a[i] - tau_end[i]) * total_substeps).round() < 2  #  all rounding error
+            u = torch.where(_expand(short, x), u, mean)
+        u_policy.append(u)
     u_policy = torch.cat(u_policy)
     loss = (u_policy - u_teacher).square().mean()
     return PiIDLoss(loss, u_policy, u_teacher, t_a.flatten(), x_dst)
-
-def _mean_velocity(policy: Policy, x: Tensor, tau: Tensor, tau_end: Tensor, shift: float,
-                   total_substeps: int, solver: str, longest: float | None) -> Tensor:
-    """Of a rollout from x at tau down to tau_end; within 2 substeps, the velocity at x itself."""
-    t = shift_time(tau.clamp(min=0), shift)
-    t_end = shift_time(tau_end.clamp(min=0), shift)
-    x_end = rollout(policy, x, tau, tau_end, shift, total_substeps, solver, longest=longest)
-    mean = (x - x_end) / _expand(t - t_end, x).clamp(min=EPS)
-    short = ((tau - tau_end) * total_substeps).round() < 2
-    return torch.where(_expand(short, x), policy.velocity(x, t), mean)
-
-def segment_of(tau: Time, nfe: int, final_step_size_scale: float = 1.0) -> tuple[Time, Time]:
-    """The segment of raw time tau, in (0, 1]: tau rounded up to the grid of segment ends.
-
-    nfe segments of 1 / (nfe - 1 + f) each, f = final_step_size_scale > 0; the last is f times that.
-    Returns: (tau_src, segment_size), numbers or (B,) as tau is. Raises: ValueError for nfe < 1.
-    """
-    if nfe < 1:
-        raise ValueError(f"nfe = {nfe}: must be at least 1")
-    base = 1 / (nfe - 1 + final_step_size_scale)
-    i = (1 - tau) / base + 1e-6  #  segments above tau; a tau on the grid starts its own segment
-    i = i.floor().clamp(max=nfe - 1) if isinstance(i, Tensor) else min(math.floor(i), nfe - 1)
-    return 1 - i * base, base * (1 + (final_step_size_scale - 1) * (i == nfe - 1))
 
 def pi_id_data_dependent(student: Student, teacher: Teacher, x_0: Tensor, nfe: int = 1,
                          shift: float = 1.0, final_step_size_scale: float = 1.0,
@@ -491,7 +503,6 @@ def pi_id_data_dependent(student: Student, teacher: Teacher, x_0: Tensor, nfe: i
     For nfe = 1 every segment starts in pure noise: x_0 only supplies the shape.
     """
     x_0 = _upcast(x_0)
-    options = {"shift": shift, "generator": generator} | loss_options
     tau = 1 - _draw(torch.rand, (len(x_0),), x_0, generator)  #                   in (0, 1]
     tau_src, segment_size = segment_of(tau if nfe != 1 else 1.0, nfe, final_step_size_scale)
     if final_step_size_scale == 1:
@@ -499,7 +510,9 @@ def pi_id_data_dependent(student: Student, teacher: Teacher, x_0: Tensor, nfe: i
     t_src = _per_sample(shift_time(tau_src, shift), x_0)
     eps = _draw(torch.randn, x_0.shape, x_0, generator)
     x_src = torch.lerp(x_0, eps, _expand(t_src, x_0))  #  (1 - t) x_0 + t eps
-    return pi_id_loss(student(x_src, t_src), teacher, tau_src, segment_size, **options)
+    policy = student(x_src, t_src)
+    return pi_id_loss(policy, teacher, tau_src, segment_size, shift, generator=generator,
+                      **loss_options)  # fmt: skip
 
 def pi_id_data_free(student: Student, teacher: Teacher, noise: Tensor, nfe: int = 1,
                     shift: float = 1.0, final_step_size_scale: float = 1.0,
@@ -511,11 +524,11 @@ def pi_id_data_free(student: Student, teacher: Teacher, noise: Tensor, nfe: int 
     """
     tau = 1.0
     x_src = _upcast(noise)
-    options = {"shift": shift, "generator": generator} | loss_options
     for _ in range(nfe):
         tau_src, segment_size = segment_of(tau, nfe, final_step_size_scale)
         policy = student(x_src, _per_sample(shift_time(tau_src, shift), x_src))
-        out = pi_id_loss(policy, teacher, tau_src, segment_size, **options)
+        out = pi_id_loss(policy, teacher, tau_src, segment_size, shift, generator=generator,
+                         **loss_options)  # fmt: skip
         yield segment_size, out
         x_src = out.x_dst
         tau = tau_src - segment_size
@@ -573,33 +586,5 @@ def sample(student: Student, noise: Tensor, nfe: int = 1, shift: float = 1.0,
         x = rollout(policy, x, tau_src, tau_dst, shift, total_substeps, solver, callback)
         if m < 1:
             eps = _draw(torch.randn, x.shape, x, generator)
-            x = (1 - t_to + t_to * m) * x + t_to * math.sqrt(1 - m * m) * eps
+            x = (1 - t_to + t_to * m) * x + t_to * math.sqrt(1 - m * m) * eps  #  at t_to
     return x
-
-# ==== Helpers =====================================================================================
-def _expand(t: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, ...) with as many dims as x, so that it broadcasts."""
-    return t.reshape(-1, *[1] * (x.ndim - 1))
-
-def _upcast(x: Tensor) -> Tensor:
-    """The precision of policies: float32, or float64 for float64 inputs."""
-    return x if x.dtype == torch.float64 else x.float()
-
-def _per_sample(value: Time, x: Tensor) -> Tensor:
-    """A number, () or (B,) -> (B,), of the dtype and on the device of x."""
-    if isinstance(value, NUMBER):
-        return x.new_full((len(x),), value)  #  a copy of the number would force a device sync
-    return torch.as_tensor(value, device=x.device, dtype=x.dtype).expand(len(x))
-
-def _check_shape(name: str, x: Tensor, like: Tensor) -> None:
-    if x.shape != like.shape:
-        raise ValueError(f"{name} {tuple(x.shape)}: must be {tuple(like.shape)}")
-
-def _draw(draw: Callable, shape: tuple, x: Tensor, generator: Generator) -> Tensor:
-    """torch.rand or torch.randn (B, ...) on each generator's device, moved beside x."""
-    if isinstance(generator, list):
-        if len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators for {shape[0]} samples")
-        return torch.stack([_draw(draw, shape[1:], x, one) for one in generator])
-    device = x.device if generator is None else generator.device
-    return draw(shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

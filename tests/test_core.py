@@ -812,6 +812,27 @@ def test_window_compares_mean_velocities():
     assert torch.allclose(out.loss, (v[:, 0] - wrong).square().mean())
 
 
+@pytest.mark.parametrize("solver", ["euler", "deis"])
+@pytest.mark.parametrize("ratio, window", [(0.0, 0), (0.0, 3), (0.7, 0), (0.7, 3), (0.0, 1000)])
+@pytest.mark.parametrize("nfe", [7, 30])
+def test_a_segment_size_that_is_a_number_gives_no_rollout_too_few_substeps(
+    solver, ratio, window, nfe
+):
+    """A number bounds the number of substeps; a tensor lets them be counted."""
+    torch.manual_seed(0)
+    uniforms = torch.rand(5, 3).double(), torch.rand(5, 2).double()
+    x, size = random_state(b=5), 1 / (nfe - 0.5)
+    options = {"num_intermediates": 3, "teacher_ratio": ratio, "window_substeps": window}
+    options |= {"uniforms": uniforms, "solver": solver}
+
+    def loss(size):
+        policy = GMFlowPolicy(random_mixture(b=5), x, 1.0)
+        return pi_id_loss(policy, lambda x, t: torch.sin(x), 1.0, size, **options)
+
+    for a, b in zip(loss(size), loss(full(5, size)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_weighted_is_the_mean_of_t_to_a_power_times_the_squared_error():
     policy = GMFlowPolicy(random_mixture(), random_state(), 1.0)
     out = pi_id_loss(policy, lambda x, t: torch.sin(x), 1.0, 1.0, num_intermediates=3)
