@@ -1,11 +1,13 @@
-"""Files of the ImageNet networks: teachers, public layouts, student initialisation, decoder.
+"""Files of the ImageNet networks: teachers, students, initialisation, decoder.
 
-    python -m imagenet.checkpoints outputs/tiny student.safetensors     # a run's student, published
+    python -m imagenet.checkpoints outputs/tiny student.safetensors         # the student of a run
+    python -m imagenet.checkpoints SiT-XL-2-256.pt sit.safetensors --head velocity --flip-time
 
-`load_dit` reads three checkpoint layouts: ours, that of the published pi-Flow ImageNet networks
-(diffusers-style names), and that of the SiT/REPA project. `save_dit` writes the first two. What
-shapes do not tell, and how a student is sampled, stands as `DiTConfig` in every file that a run
-writes: student.safetensors has it in its header, checkpoints/step_*.pt under the key "export".
+`load_dit` reads three layouts (layouts.py): ours, that of the published pi-Flow ImageNet networks,
+and that of the SiT/REPA project. What shapes do not tell, and how a student is sampled, stands as
+`DiTConfig` in every file that is written here: in the header of .safetensors, in a run's
+checkpoints/step_*.pt under the key "export". The command writes the published layout and states
+there what a file of others does not.
 """
 
 if not __package__:
@@ -15,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,23 +31,30 @@ from common.cli import parse, run_cli, setting
 from common.files import is_remote, join, reading, writing
 from common.heads import repeat_head
 from imagenet.dit import INITIAL_STD, PIXELS, VAE, DiT, DiTConfig
-from imagenet.layouts import VELOCITIES, infer_config, to_ours, to_published
+from imagenet.layouts import VELOCITIES, to_ours, to_published
 
 
 class Source(NamedTuple):
-    """A teacher: where it is, and the guidance that it was distilled with."""
+    """A network by name: where it is; of a teacher, the guidance that it was distilled with."""
 
     path: str
     time_scale: float | None = None  # None: as the file states
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    nfe: int | None = None  # of a student
 
 
 HUB = "Lakonik/pi-Flow-ImageNet/"
+FILE = "_imagenet_piid_{}step/diffusion_pytorch_model.safetensors"
 TEACHERS = {
     "tiny": Source(str(fashion.TEACHER), None, 2.5, (0.0, 0.8)),
     "repa": Source(HUB + "teachers/repa_imagenet.pth", 1.0, 3.2, (0.0, 0.7)),
     "fm": Source(HUB + "teachers/flowdit_imagenet.pth", 1000.0, 2.7, (0.0, 0.6)),
+}
+STUDENTS = {
+    "gm-fm-1nfe": Source(HUB + "gmdit_k32" + FILE.format(1), 1000.0, nfe=1),
+    "gm-repa-1nfe": Source(HUB + "gmrepa_k32" + FILE.format(1), 1.0, nfe=1),
+    "gm-repa-2nfe": Source(HUB + "gmrepa_k32" + FILE.format(2), 1.0, nfe=2),
 }
 
 
@@ -105,10 +113,9 @@ def load_dit(
 ) -> DiT:  # fmt: skip
     """Reads a teacher or student; weights stored in half precision become float32; eval mode.
 
-    Layout, width, depth, head and K or N are read from keys and shapes, the rest from the config
-    that a file of ours states. The arguments are for files that do not. Prefixes, stored positions,
-    an unused variance half and embeddings repeated in each block are converted, with a warning that
-    tells it. Of a file with a network and its moving average, the average is read.
+    What shapes tell is read from them, the rest from the config that a file of ours states; the
+    arguments are for files that do not. What is converted or left out is said in a warning. Of a
+    file with a network and its moving average, the average is read.
 
     Args:
         source: a file (.safetensors, .pt, .pth), the folder of a run, local or remote, or
@@ -119,40 +126,32 @@ def load_dit(
         head: "velocity" or "dx", where the number of output rows allows both.
         flip_time: for a network that was trained with t = 1 as data (SiT): it gets 1 - t, and the
             sign of its output changes.
-    Raises: FileNotFoundError, or ValueError for a file that cannot be read or does not fit, or that
-        states another value than an argument: the message names the keys. ImportError if the Hub is
-        needed and huggingface_hub is missing.
+    Raises: FileNotFoundError, or ValueError for a file that cannot be read, does not fit, is not
+        finite, or states another value than an argument. ImportError without huggingface_hub.
     """
     given = {"num_heads": num_heads, "time_scale": time_scale, "head": head}
     given |= {"flip_time": flip_time or None}
     given = {key: value for key, value in given.items() if value is not None}
     with local_file(source) as path:
         state, stated = read_state(path)
-        keys = sorted(state)
         try:
+            config, state, notes = to_ours(state, stated | given)
+            facts = {"head": config.head} | stated
             for key, value in given.items():
-                if stated.get(key, value) != value:
-                    raise ValueError(f"{key} is {value!r}, the file states {stated[key]!r}")
-            state, facts, notes = to_ours(state)
-            config, state = infer_config(state, stated | given, facts, notes)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"{source} is not a DiT in a known layout ({reason}); its first keys are "
-                f"{', '.join(keys[:4]) or 'none'}"
-            ) from error
-        if flip_time and not stated.get("flip_time"):
-            state |= {key: -value for key, value in state.items() if key.startswith(VELOCITIES)}
-        with torch.device("meta"):
-            net = DiT(config)
-        try:
+                if facts.get(key, value) != value:
+                    raise ValueError(f"{key} is {value!r}, the file states {facts[key]!r}")
+            if flip_time and not stated.get("flip_time"):
+                turned = {key: -state[key] for key in state if key.startswith(VELOCITIES)}
+                state |= turned
+            with torch.device("meta"):
+                net = DiT(config)
             net.load_state_dict(state, assign=True)
-        except RuntimeError as error:
+            broken = [key for key, value in state.items() if not value.isfinite().all()]
+            if broken:
+                raise ValueError(f"{len(broken)} tensors are not finite, as {broken[0]}")
+        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:500]
             raise ValueError(f"{source} does not fit a DiT: {reason}") from error
-        broken = [key for key, value in state.items() if not value.isfinite().all()]
-        if broken:
-            raise ValueError(f"{source}: {len(broken)} tensors are not finite, as {broken[0]}")
         if notes:
             warnings.warn(f"{source}: {'; '.join(notes)}", stacklevel=2)
         return net.float().to(device).eval()
@@ -168,24 +167,20 @@ def local_file(source: str | Path) -> Iterator[Path]:
         with reading(source) as local:
             yield local
         return
-    parts = str(source).split("/")
-    if len(parts) < 3 or path.is_dir() or path.is_absolute() or parts[0] in (".", "..", "~"):
+    owner, _, rest = str(source).partition("/")
+    name, _, inside = rest.partition("/")
+    if not inside or path.is_dir() or path.is_absolute() or owner in (".", "..", "~"):
         raise FileNotFoundError(
             f"no file {source}; give a checkpoint, a run or owner/repository/path/in/repository"
         )
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
+
+        fetched = hf_hub_download(f"{owner}/{name}", inside)
     except ImportError as error:
-        raise ImportError(
-            f"{source} is no local file; to fetch it from the Hub: pip install huggingface_hub"
-        ) from error
-    try:
-        fetched = hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]))
-    except (HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"{source} is no local file, and the Hub did not give it: {error}"
-        ) from error
+        raise ImportError(f"no file {source}; for the Hub: pip install huggingface_hub") from error
+    except OSError as error:
+        raise FileNotFoundError(f"no file {source}, and not on the Hub: {error}") from error
     yield Path(fetched)
 
 
@@ -197,37 +192,25 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
 
     Nothing is unpickled but tensors, numbers, strings, containers and flags (argparse.Namespace).
     """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                stated = json.loads((file.metadata() or {}).get("config", "{}"))
-                if not isinstance(stated, dict):
-                    raise ValueError(f"{path} has a config in its header that is no dict")
-                return {key: file.get_tensor(key) for key in file.keys()}, stated  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                stated = dict(json.loads((file.metadata() or {}).get("config", "{}")))
+                return {key: file.get_tensor(key) for key in file.keys()}, stated  # noqa: SIM118
         with torch.serialization.safe_globals([argparse.Namespace]):  # REPA stores its flags
-            state = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except Exception as error:  # no pickle at all: the unpickler stumbles over nearly anything
+            zipped = zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        stated = state.get("export", {})
+        while inner := [state[name] for name in WRAPPERS if isinstance(state.get(name), dict)]:
+            state = inner[0]
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it does not hold a dict of tensors")
+        return state, stated
+    except Exception as error:  # the readers stumble over nearly anything
         reason = str(error).strip().split("\n")[0]
-        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if refused:
-            reason = f"it holds a {refused[1]}, only tensors are read; save its state dict alone"
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {reason}") from error
-    stated = state.get("export") if isinstance(state, dict) else None
-    while isinstance(state, dict):
-        inner = [state[name] for name in WRAPPERS if isinstance(state.get(name), dict)]
-        if not inner:
-            break
-        state = inner[0]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} is not a DiT checkpoint: it does not hold a dict of tensors")
-    return state, stated or {}
+        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error
 
 
 # ---- Decoder -------------------------------------------------------------------------------------
@@ -239,16 +222,10 @@ def load_decoder(
     """Latents (B, C, H, W) -> images (B, 1 or 3, 8H or 2H, ...) in [-1, 1], by `config.decoder`.
 
     dtype: of the VAE. The returned function raises a ValueError for images that are not finite.
-    Raises: ValueError if the VAE has another number of channels; ImportError without diffusers.
     """
     if config.decoder == PIXELS:
         return lambda latents: fashion.to_images(latents).clamp(-1, 1)
     vae = load_vae(device, config.decoder, dtype)
-    if vae.config.latent_channels != config.channels:
-        raise ValueError(
-            f"the network has {config.channels} latent channels, the VAE {config.decoder} has "
-            f"{vae.config.latent_channels}"
-        )
     scale, offset = latent_scale(vae)
 
     @torch.no_grad()
@@ -283,26 +260,34 @@ def to_pixels(images: Tensor) -> Tensor:
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-# ---- Export --------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is exported."""
+    """What is written, and what its file does not state."""
 
     model: str = setting(
         dataclasses.MISSING, "run, file, or owner/repository/path on the Hub",
         positional=True, path=True,
     )  # fmt: skip
     out: Path = setting(dataclasses.MISSING, "file, .safetensors", positional=True)
+    num_heads: int | None = setting(None, "attention heads", low=1)
+    time_scale: float | None = setting(
+        None, "factor applied to t before the time embedding; default: 1", above=0
+    )
+    head: str | None = setting(
+        None, "what a head with twice the rows is", choices=("velocity", "dx")
+    )
+    flip_time: bool = setting(False, "trained with t = 1 as data (SiT)")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes a network under the names of the published pi-Flow ImageNet networks."""
-    settings = parse(Settings, __doc__, argv)
-    net = load_dit(settings.model)
-    save_dit(net, settings.out, published=True)
-    print(f"{net.config.head} network in the published layout: {settings.out}")
+    s = parse(Settings, __doc__, argv)
+    net = load_dit(s.model, s.num_heads, s.time_scale, head=s.head, flip_time=s.flip_time)
+    save_dit(net, s.out, published=True)
+    print(f"{net.config.head} network in the published layout: {s.out}")
 
 
 if __name__ == "__main__":

@@ -69,135 +69,110 @@ def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def one_network(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """-> the tensors of one network under names without prefixes, and what was converted, in words.
+def to_ours(
+    state: dict[str, Tensor], known: dict
+) -> tuple[DiTConfig, dict[str, Tensor], list[str]]:
+    """Any known layout -> the config, a state dict of ours, and what was converted, in words.
 
-    Of several networks it is the moving average, whose prefix has "ema" in it.
-    Raises: ValueError if that does not say which.
-    """
-    plain = {}
-    for key, value in state.items():
-        plain[".".join(part for part in key.split(".") if part not in WRAPPING)] = value
-    prefixes = {key.removesuffix(end) for key in plain for end in PATCHES if key.endswith(end)}
-    averages = {prefix for prefix in prefixes if "ema" in re.split(r"[._]", prefix)}
-    if len(prefixes) > 1 and len(averages) != 1:
-        several = ", ".join(map(repr, sorted(prefixes)))
-        raise ValueError(f"it holds several networks, with the prefixes {several}; save one alone")
-    prefix = "".join(averages or prefixes)
-    found = {key.removeprefix(prefix): plain[key] for key in plain if key.startswith(prefix)}
-    notes = []
-    if plain.keys() != state.keys():
-        notes.append("prefixes of wrappers removed")
-    if prefix:
-        notes.append(f"prefix {prefix} removed")
-    if len(found) < len(state):
-        notes.append(f"{len(state) - len(found)} other tensors left out")
-    return found, notes
-
-
-def to_ours(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, list[str]]:
-    """Any known layout -> ours.
-
-    Returns: the state; what the layout tells of the config, with "foreign" if it cannot be a file
-        of pi-Flow; what was converted, in words.
-    Raises: ValueError for several networks in one file, an embedding of its own in each block, or
-        positions that are not the sin-cos ones.
+    known: what the file or the caller states of the config; the rest is read from names and shapes.
+    Raises: ValueError or KeyError for what is no DiT, or does not tell which.
     """
     state, notes = one_network(state)
+    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+    merge_repeated(state, notes)
     facts = {}
-    repeated = [key for key in state if ".norm1.emb." in key]
-    for key in repeated:
-        once, value = "emb." + key.split(".norm1.emb.")[1], state.pop(key)
-        if not torch.equal(state.setdefault(once, value), value):
-            raise ValueError(f"{key} is not that of the other blocks: each has its own embedding")
-    if repeated:
-        notes.append(f"{len(repeated)} embeddings repeated in the blocks are kept once")
-    published = any(key.startswith("transformer_blocks.") for key in state)
-    if published:
+    if any(key.startswith("transformer_blocks.") for key in state):
         state = from_published(state)
         facts["norm2_eps"] = PUBLISHED_NORM2_EPS
-    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
-    hidden, _, patch, _ = state["x_embedder.proj.weight"].shape
-    positions = [key for key in state if re.search(r"(^|\.)(pe|pos\w*)$", key)]
-    for key in positions:
-        stored = state.pop(key).reshape(-1, hidden).float()
-        rows = math.isqrt(len(stored))
-        off = (stored - position_features(rows, hidden)).abs().max().item()
-        if not off < 0.01 and stored.any():  # bfloat16 rounds by 0.004; some store zeros
-            raise ValueError(
-                f"its positions {key} differ from the sin-cos ones by {off:.2g}: no such network"
-            )
-        facts["latent_size"] = rows * patch
-    facts["foreign"] = bool(repeated or (positions and not published))
-    return state, facts, notes
-
-
-def infer_config(
-    state: dict[str, Tensor], known: dict, facts: dict, notes: list[str]
-) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Sizes and head from shapes. -> the config, and the state with the head that belongs to it.
-
-    known: from the file and the caller; facts, notes: of `to_ours`.
-    Raises: KeyError for a parameter that any DiT has, ValueError for what contradicts.
-    """
+        if "time_scale" not in known:
+            notes.append("factor of t not stated, taken as 1 (the fm networks need 1000)")
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
-    shapes = {
-        "hidden": hidden,
-        "channels": channels,
-        "patch": patch,
-        "depth": max(blocks, default=-1) + 1,
-        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
-    }
+    rows = drop_positions(state, hidden)
+    if rows:
+        facts["latent_size"] = rows * patch
+    facts |= {"num_heads": NUM_HEADS.get(hidden)} | known
+    if not facts["num_heads"]:
+        raise ValueError(f"its width is {hidden}, and num_heads is not stated")
+    depth = max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")) + 1
+    shapes = {"hidden": hidden, "channels": channels, "patch": patch, "depth": depth}
+    shapes["num_classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
     if "final_layer.means.weight" in state:
         shapes["head"] = "gmflow"
         shapes["components"] = len(state["final_layer.means.weight"]) // (patch**2 * channels)
         shapes["logstd_hidden"] = len(state["final_layer.logstds.1.weight"])
     else:
-        state, maps = cut_head(state, patch**2, channels, known.get("head"), facts, notes)
-        is_dx = maps > 1 or known.get("head") == "dx"  # N = 1 looks like a velocity
+        head = known.get("head")
+        shapes["components"] = cut_head(state, patch**2, channels, head, notes)
+        is_dx = shapes["components"] > 1 or head == "dx"  # N = 1 looks like a velocity
         shapes["head"] = "dx" if is_dx else "velocity"
-        shapes["components"] = maps
-    if known.get("head", shapes["head"]) != shapes["head"]:
-        raise ValueError(f"head is {known['head']!r}, its output layer is a {shapes['head']} head")
-    heads = known.get("num_heads", NUM_HEADS.get(hidden))
-    if heads is None:
-        raise ValueError(f"its width is {hidden}, and num_heads (--num-heads) is not stated")
-    if hidden % heads:
-        raise ValueError(f"its width, {hidden}, is no multiple of num_heads, {heads}")
-    if "time_scale" not in known and "norm2_eps" in facts:
-        notes.append("factor of t not stated, taken as 1 (--time-scale; the fm networks need 1000)")
-    facts = {key: value for key, value in facts.items() if key != "foreign"}
-    return DiTConfig(**facts | known | shapes | {"num_heads": heads}), state
+    return DiTConfig(**facts | shapes), state, notes
+
+
+def one_network(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """-> the tensors of one network under names without prefixes, and a note on what was removed.
+
+    Of several networks it is the moving average, whose prefix has "ema" in it.
+    """
+    plain = {}
+    for key, value in state.items():
+        plain[".".join(part for part in key.split(".") if part not in WRAPPING)] = value
+    prefixes = {key.removesuffix(end) for key in plain for end in PATCHES if key.endswith(end)}
+    if len(prefixes) > 1:
+        prefixes = {prefix for prefix in prefixes if "ema" in re.split(r"[._]", prefix)}
+    if len(prefixes) != 1:
+        first = ", ".join(sorted(state)[:4])
+        raise ValueError(f"it holds no network of a known layout, or several; its keys: {first}")
+    prefix = prefixes.pop()
+    found = {key.removeprefix(prefix): plain[key] for key in plain if key.startswith(prefix)}
+    if found.keys() == state.keys():
+        return found, []
+    others = f"{len(state) - len(found)} other tensors left out"
+    return found, [f"prefix {prefix or 'of wrappers'} removed, {others}"]
+
+
+def merge_repeated(state: dict[str, Tensor], notes: list[str]) -> None:
+    """Keeps once the embeddings that diffusers' DiT stores in each block; they have to be equal."""
+    repeated = [key for key in state if ".norm1.emb." in key]
+    for key in repeated:
+        value = state.pop(key)
+        once = "emb." + key.split(".norm1.emb.")[1]
+        if not torch.equal(state.setdefault(once, value), value):
+            raise ValueError(f"{key} is not that of the other blocks: each has its own embedding")
+    if repeated:
+        notes.append(f"{len(repeated)} embeddings repeated in the blocks are kept once")
+
+
+def drop_positions(state: dict[str, Tensor], hidden: int) -> int:
+    """Drops stored positions, which have to be the sin-cos ones. -> their rows; 0: none stored."""
+    rows = 0
+    for key in [key for key in state if re.search(r"(^|\.)(pe|pos\w*)$", key)]:
+        stored = state.pop(key).reshape(-1, hidden).float()
+        rows = math.isqrt(len(stored))
+        off = (stored - position_features(rows, hidden)).abs().max().item()
+        if not off < 0.01 and stored.any():  # bfloat16 rounds by 0.004; some store zeros
+            raise ValueError(f"its positions {key} differ from the sin-cos ones by {off:.2g}")
+    return rows
 
 
 def cut_head(
-    state: dict[str, Tensor], pixels: int, channels: int, head: str | None, facts: dict,
-    notes: list[str],
-) -> tuple[dict[str, Tensor], int]:  # fmt: skip
-    """Drops output rows that no velocity needs. -> the state, and velocities per sample: 1 or N.
+    state: dict[str, Tensor], pixels: int, channels: int, head: str | None, notes: list[str]
+) -> int:
+    """Drops output rows that no velocity needs. -> velocities per sample: 1, or N of a dx head.
 
     Rows are (pixels, channels) of a velocity, (pixels, N, channels) of a dx head, (pixels, 2
     channels) with a variance half, (pixels, channels + 1) with a log standard deviation.
-    Raises: ValueError if twice the rows could be either, or for any other number.
     """
     unit = pixels * channels
     rows = len(state["final_layer.linear.weight"])
-    if rows == pixels * (channels + 1) and rows % unit:
-        what = "its log standard deviation is left out"
-    elif rows == 2 * unit and (head == "velocity" or head is None and facts["foreign"]):
-        what = "its variance half is left out (SiT's own networks also need flip_time)"
-    elif rows == 2 * unit and head is None:
+    spare = {2 * unit: "variance half", pixels * (channels + 1): "log standard deviation"}
+    if head == "dx" or rows not in spare:
+        return rows // unit
+    if rows == 2 * unit and head is None:
         raise ValueError(
-            f"its head has {rows} rows: either a velocity with a variance half, or dx with N = 2; "
-            "say which with head='velocity' or 'dx' (--head)"
+            f"its head has {rows} rows: a velocity with a variance half, or dx with N = 2; "
+            "say which by head='velocity' or 'dx'"
         )
-    elif rows % unit:
-        raise ValueError(f"its head has {rows} rows, which is no multiple of {unit}")
-    else:
-        return state, rows // unit
-    notes.append(f"its head has {rows} rows instead of {unit}: read as a velocity, {what}")
-    state = dict(state)
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[key] = state[key].unflatten(0, (pixels, -1))[:, :channels].flatten(0, 1)
-    return state, 1
+    notes.append(f"its head is read as a velocity, its {spare[rows]} is left out")
+    return 1
