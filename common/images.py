@@ -85,3 +85,11 @@ def square(image: Tensor, side: int) -> Tensor:
     left = (image.width - side) // 2
     top = (image.height - side) // 2
     return torch.from_numpy(np.array(image.crop((left, top, left + side, top + side))))
+
+
+def is_turned(path: str | Path) -> bool:
+    """Whether `read_image` turns a file by its EXIF orientation."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.getexif().get(0x0112, 1) != 1

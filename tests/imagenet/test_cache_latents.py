@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from imagenet import cache_latents, checkpoints
-from imagenet.cache_latents import labelled_images, open_shards
+from imagenet.cache_latents import Latents, labelled_images
 from imagenet.dit import VAE, DiTConfig
 
-NET = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=2, num_classes=10)
+NET = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=2, num_classes=2)
 
 
 class StandInVAE(torch.nn.Module):
@@ -38,7 +38,7 @@ def cache(tmp_path, monkeypatch):
     """-> make(*flags): five images of two classes, encoded by the stand-in."""
     write_images(tmp_path / "images", [f"n{i % 2}/{i}.png" for i in range(5)])
     monkeypatch.setattr(checkpoints, "load_vae", lambda device, name: StandInVAE())
-    options = ["--size", "16", "--shard", "2", "--batch", "1", "--workers", "0", "--device", "cpu"]
+    options = ["--size", "16", "--shard", "2", "--batch", "1", "--workers", "2", "--device", "cpu"]
     command = [str(tmp_path / "images"), str(tmp_path / "latents"), *options]
     return lambda *flags: cache_latents.main([*command, *flags])
 
@@ -46,12 +46,13 @@ def cache(tmp_path, monkeypatch):
 # -- shards ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_cached_latents_come_back(tmp_path, cache, capsys, workers):
-    cache("--workers", workers)
-    assert "2 classes, 5 images" in capsys.readouterr().out
-    out = tmp_path / "latents"
-    moments, labels = open_shards(out, NET)
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_cached_latents_come_back(tmp_path, cache, capsys, batch):
+    cache("--batch", batch)
+    text = capsys.readouterr().out
+    assert "2 classes, 5 images" in text and "EXIF" not in text
+    latents = Latents(tmp_path / "latents", NET)
+    moments, labels = latents.moments, latents.labels
     assert labels.tolist() == [0, 0, 0, 0, 0, 1, 0, 1, 1, 1]
     shards, found = ([(0, 0), (0, 2)], [(0, 4), (1, 1)], [(1, 3)]), []  # (class, image)
     for shard in shards:
@@ -73,7 +74,7 @@ def test_an_interrupted_cache_is_continued(tmp_path, cache):
     cache()
     assert (out / "latents_00000.npy").stat().st_mtime_ns == before
     assert (out / "latents_00002.npy").read_bytes() == content
-    assert len(open_shards(out, NET)[1]) == 10
+    assert len(Latents(out, NET).labels) == 10
 
 
 def test_another_cache_in_the_same_folder_is_refused(tmp_path, cache):
@@ -91,22 +92,21 @@ def test_latents_are_compared_with_the_network(tmp_path, cache):
     cache()
     out = tmp_path / "latents"
     for changes, named in (
-        ({"latent_size": 4}, r"images of \(2, 4, 2, 2\); this teacher needs \(2, 4, 4, 4\)"),
-        ({"channels": 16}, r"images of \(2, 4, 2, 2\); this teacher needs \(2, 16, 2, 2\)"),
-        ({"num_classes": 1}, r"has the labels 0 .. 1; the teacher knows 0 .. 0"),
-        ({"decoder": "other/vae"}, f"is of the VAE {VAE}, the network's is other/vae"),
+        ({"latent_size": 4}, r"'shape': \(4, 2, 2\).* needs .*'shape': \(4, 4, 4\)"),
+        ({"channels": 16}, r"'shape': \(4, 2, 2\).* needs .*'shape': \(16, 2, 2\)"),
+        ({"num_classes": 3}, r"'classes': 2.* needs .*'classes': 3"),
+        ({"decoder": "other/vae"}, "'VAE': 'sd-vae-ft-ema'.* needs .*'VAE': 'vae'"),
     ):
         with pytest.raises(ValueError, match=named):
-            open_shards(out, dataclasses.replace(NET, **changes))
-    open_shards(out, dataclasses.replace(NET, decoder="/a/copy/of/sd-vae-ft-ema"))
+            Latents(out, dataclasses.replace(NET, **changes))
+    Latents(out, dataclasses.replace(NET, decoder="/a/copy/of/sd-vae-ft-ema"))
     made_from = json.loads((out / "settings.json").read_text())
-    assert made_from["scale"] == 0.18215 and made_from["classes"] == 2
     (out / "settings.json").write_text(json.dumps(made_from | {"scale": 1.0}))
-    with pytest.raises(ValueError, match="has the scale 1.0, the network's is 0.18215"):
-        open_shards(out, NET)
+    with pytest.raises(ValueError, match="'scale': 1.0.* needs .*'scale': 0.18215"):
+        Latents(out, NET)
     (out / "settings.json").write_text(json.dumps({"images": 5}))
     with pytest.raises(ValueError, match="is no folder of imagenet.cache_latents"):
-        open_shards(out, NET)
+        Latents(out, NET)
 
 
 @pytest.mark.parametrize("name", ["latents_00001.npy", "labels_00001.npy"])
@@ -115,7 +115,7 @@ def test_a_short_file_is_named(tmp_path, cache, name):
     path = tmp_path / "latents" / name
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="latents_00001.npy or its labels are damaged"):
-        open_shards(tmp_path / "latents", NET)
+        Latents(tmp_path / "latents", NET)
 
 
 def test_latents_that_are_not_finite_are_an_error(tmp_path, cache, monkeypatch):
@@ -128,10 +128,9 @@ def test_latents_that_are_not_finite_are_an_error(tmp_path, cache, monkeypatch):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--size", "20"], "--size is 20; it must be a multiple of 8"),
         (["--size", "4"], "--size is 4; it must be at least 8"),
         (["--shard", "0"], "--shard is 0"),
-        (["--workers", "-1"], "--workers is -1"),
+        (["--workers", "0"], "--workers is 0"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, cache, flags, named):
@@ -146,13 +145,13 @@ def test_paths_that_are_of_another_kind(tmp_path, cache):
         cache()
     assert (tmp_path / "latents").read_text() == "mine"
     for wrong in (tmp_path / "latents", tmp_path / "nothing"):
-        with pytest.raises(ValueError, match=f"images is {wrong}; it must hold one subfolder"):
+        with pytest.raises(ValueError, match=f"{wrong} holds no image"):
             cache_latents.main([str(wrong), str(tmp_path / "out"), "--device", "cpu"])
     with pytest.raises(ValueError, match="is no folder of imagenet.cache_latents"):
-        open_shards(tmp_path / "images", NET)
+        Latents(tmp_path / "images", NET)
     (tmp_path / "images/settings.json").write_text("{")
     with pytest.raises(ValueError, match="settings.json is not readable JSON"):
-        open_shards(tmp_path / "images", NET)
+        Latents(tmp_path / "images", NET)
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -176,8 +175,8 @@ def test_classes_are_those_of_torchvision(tmp_path):
 
 def test_folders_that_are_no_classes_are_refused(tmp_path, capsys):
     for name, files, named in (
-        ("high", ["train/n0/a.png", "val/n0/b.png"], "train/n0/a.png is not in a subfolder of it"),
-        ("flat", ["a.png", "b.png"], "a.png is not in a subfolder of it"),
+        ("high", ["train/n0/a.png", "val/n0/b.png"], "high/train is not one of its subfolders, or"),
+        ("flat", ["a.png", "b.png"], "flat is not one of its subfolders"),
         ("none", [], "holds no image"),
     ):
         (tmp_path / name).mkdir()
@@ -190,44 +189,37 @@ def test_folders_that_are_no_classes_are_refused(tmp_path, capsys):
     assert len(labelled_images(tmp_path / "one")) == 2
     assert "3 files in" in capsys.readouterr().err
     (tmp_path / "one/n1/b.png").unlink()
-    with pytest.raises(ValueError, match="the class .*n1 has no image"):
+    with pytest.raises(ValueError, match="n1 is not one of its subfolders, or has no image"):
         labelled_images(tmp_path / "one")
 
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_damaged_image_is_named_in_one_line(tmp_path, cache, workers):
+def test_a_damaged_image_is_named_in_one_line(tmp_path, cache):
     path = tmp_path / "images/n1/1.png"
     path.write_bytes(path.read_bytes()[:99])
     with pytest.raises(ValueError, match="n1/1.png cannot be read as an image") as caught:
-        cache("--workers", workers)
-    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+        cache()
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "latents/latents_00001.npy").exists()
 
 
-def test_images_come_as_bytes_and_not_through_shared_memory(tmp_path, cache):
-    """uint8 arrays: a container's 64 MB of shared memory do not limit the number of processes."""
-    files = labelled_images(tmp_path / "images")
-    pixels, labels = cache_latents.stack([cache_latents.Images(files, 16)[i] for i in range(3)])
-    assert isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-    assert pixels.shape == (3, 16, 16, 3) and labels == [0, 0, 0]
+def test_images_that_exif_turns_are_counted(tmp_path, cache, capsys):
+    exif = Image.Exif()
+    for orientation, name in ((6, "n0/0.png"), (3, "n1/1.png"), (1, "n1/3.png")):
+        exif[0x0112] = orientation
+        path = tmp_path / "images" / name
+        Image.open(path).save(path, exif=exif)
+    cache()
+    assert "2 images were turned upright by their EXIF orientation" in capsys.readouterr().out
 
 
-def test_processes_that_fail_are_one_line_with_the_flag(cache, monkeypatch):
-    def fails(self):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: (28)")
-
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fails)
-    with pytest.raises(ValueError, match="--workers is 2, try fewer or 0: unable to allocate"):
-        cache("--workers", "2")
-
-
-def test_images_are_cropped_to_the_centre(tmp_path):
+def test_images_are_cropped_to_the_centre(tmp_path, cache):
     pixels = np.zeros((32, 96, 3), np.uint8)
     pixels[:, 32:64] = 255
-    write_images(tmp_path, ["n0/a.png"])
-    Image.fromarray(pixels).save(tmp_path / "n0/a.png")
-    image, _ = cache_latents.Images(labelled_images(tmp_path), 16)[0]
-    assert image.shape == (16, 16, 3) and image.min() > 250
+    for path in (tmp_path / "images").glob("*/*.png"):
+        Image.fromarray(pixels).save(path)
+    cache()
+    mean = np.concatenate(Latents(tmp_path / "latents", NET).moments)[:, 0] / 0.18215
+    assert mean.min() > 0.9
