@@ -63,24 +63,15 @@ class Features(NamedTuple):
 
 
 def load_features(path: str | Path = FEATURES, device: torch.device | str = "cpu") -> Features:
-    """Reads the shipped feature network. Raises: ValueError or OSError if the file is unusable."""
-    from safetensors import SafetensorError
+    """Reads the shipped feature network."""
     from safetensors.torch import load_file
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no feature network at {path}; see assets/README.md")
-    try:
-        state = {key: value.float() for key, value in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    state = {key: value.float() for key, value in load_file(path).items()}
+    mean, covariance = state.pop("statistics.mean"), state.pop("statistics.covariance")
+    accuracy = state.pop("statistics.accuracy").item()
     net = FeatureNet().eval().requires_grad_(False)
-    try:
-        mean, covariance = state.pop("statistics.mean"), state.pop("statistics.covariance")
-        accuracy = state.pop("statistics.accuracy").item()
-        state |= {key: value for key, value in net.state_dict().items() if "num_batches" in key}
-        net.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold this feature network: {error}") from error
+    state |= {key: value for key, value in net.state_dict().items() if "num_batches" in key}
+    net.load_state_dict(state)
     return Features(net.to(device), mean.to(device), covariance.to(device), accuracy)
 
 

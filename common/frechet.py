@@ -54,13 +54,11 @@ def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) 
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
 
 
-def load_inception(
-    weights: str | None, device: torch.device
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def load_inception(device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """uint8 images (B, 3, H, W) -> (features (B, 2048), logits (B, 1008)).
 
-    weights: file of its weights; None: downloaded. Neither is unpickled, tensors alone are read.
-    Raises: ImportError without torch-fidelity, ValueError for a file that is not of this network.
+    Its weights are downloaded into the cache of torch.hub; they are not unpickled. Raises:
+    ImportError without torch-fidelity.
     """
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
@@ -70,13 +68,7 @@ def load_inception(
     before = os.environ.get(variable, "0")
     os.environ[variable] = "1"
     try:
-        net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
-    except OSError:
-        raise
-    except Exception as error:  # whatever the unpickler or load_state_dict stumbles over
-        reason = str(error).strip().split("\n")[0]
-        named = weights or "(downloaded)"
-        raise ValueError(f"--inception {named} is no file of its tensors: {reason}") from error
+        net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
     finally:
         os.environ[variable] = before
     return net.to(device)
@@ -86,17 +78,15 @@ def load_inception(
 def inception_features(
     net: Callable, batches: Iterable[np.ndarray | Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Batches uint8 (n, H, W, 3) -> features (N, 2048) and logits (N, 1008), on the device.
+    """Batches uint8 (n, H, W, C) -> features (N, D) and logits (N, classes), on the device.
 
-    net: of `load_inception`. Raises: ValueError if they are not finite.
+    net: of `load_inception`, or another with its signature.
     """
-    parts = []
+    features, logits = [], []
     with full_precision():
-        for pixels in tqdm(batches, desc="Inception", disable=None):
+        for pixels in tqdm(batches, desc="Features", disable=None):
             images = torch.as_tensor(pixels).permute(0, 3, 1, 2)
-            parts.append(net(images.to(device)))
-    features = torch.cat([part[0] for part in parts])
-    logits = torch.cat([part[1] for part in parts])
-    if not (features.isfinite().all() and logits.isfinite().all()):
-        raise ValueError("Inception features are not finite")
-    return features, logits
+            found = net(images.to(device))
+            features.append(found[0])
+            logits.append(found[1])
+    return torch.cat(features), torch.cat(logits)

@@ -29,19 +29,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import fashion, frechet
+from common import frechet
 from common.cli import compiled, compiled_policies, keep_freed_memory, parse, run_cli, setting
 from common.files import join, writing
 from common.plots import image_rows
-from common.processes import Place, rank, total, world
+from common.processes import rank, total, world
 from common.teachers import endpoint_rmse, integrate_teacher
-from common.train import TrainSettings, due, processes, train
+from common.train import TrainSettings, processes, train
 from imagenet import metrics
-from imagenet.cache_latents import open_shards
+from imagenet.cache_latents import Latents
 from imagenet.checkpoints import (
     TEACHERS,
     Source,
@@ -51,10 +50,11 @@ from imagenet.checkpoints import (
     save_dit,
     to_pixels,
 )
-from imagenet.dit import PIXELS, DiT, DiTConfig, dit_student, guided_teacher
+from imagenet.dit import PIXELS, DiT, dit_student, guided_teacher
 from piflow_minimal import PiIDLoss, pi_id_data_dependent, pi_id_data_free, sample
 
 PAIRS = 10  # noises of the pictures
+TEACHER_STEPS = 64  # Euler, in the pictures
 FID_BATCH = 100  # images at once
 
 
@@ -68,13 +68,6 @@ class Settings(TrainSettings):
     teacher: str = setting(
         "repa", "tiny, repa, fm, a file, or owner/repository/path on the Hub", path=True
     )
-    num_heads: int | None = setting(
-        None, "teacher's attention heads; default: as its file states", low=1
-    )
-    time_scale: float | None = setting(
-        None, "factor applied to t before the time embedding; default: as its file states", above=0
-    )
-    flip_time: bool = setting(False, "teacher trained with t = 1 as data (SiT)")
     guidance: float = setting(3.2, "classifier-free guidance of the teacher; 1: none", low=0)
     guidance_interval: tuple[float, float] = setting(
         (0.0, 0.7), "noise levels t with guidance", low=0, high=1, ordered=True,
@@ -107,8 +100,9 @@ class Settings(TrainSettings):
     window_substeps: int = setting(0, "micro-window of the mean velocities, for dx", low=0)
     dropout: float = setting(0.05, "of components in the rollout (gmflow)", low=0, high=0.99)
 
-    bf16: bool = setting(True, "bfloat16: teacher's weights, autocast around the student")
-    tf32: bool = setting(True, "TF32 matrix products on CUDA where float32 remains")
+    bf16: bool = setting(
+        True, "bfloat16: teacher's weights, autocast around the student; TF32 for the rest"
+    )
     checkpointing: bool = setting(
         True, "recompute activations: less memory, a third more time", free=True
     )
@@ -119,17 +113,11 @@ class Settings(TrainSettings):
         2000, "iterations between pictures of pairs and their endpoint RMSE; 0: none",
         low=0, free=True, flag="picture-every",
     )  # fmt: skip
-    teacher_steps: int = setting(64, "Euler steps of the teacher in the pictures", low=1, free=True)
-    fid_every: int | None = setting(
-        None, "iterations between Frechet distances (FID), a multiple of --picture-every", low=1,
-        free=True,
-    )  # fmt: skip
-    fid_images: int = setting(10_000, "images of a Frechet distance", low=65, free=True)
+    fid_images: int = setting(
+        0, "images of a Frechet distance (FID) beside each picture; 0: none", low=0, free=True
+    )
     reference: str | None = setting(
         None, "FID: the .npz of the ADM suite, or a folder of images", path=True, free=True
-    )
-    inception: str | None = setting(
-        None, "FID: weights file of the Inception network; default: download", path=True, free=True
     )
 
     @property
@@ -150,7 +138,7 @@ TINY = Settings(
     batch=32, micro_batch=16, num_intermediates=1, query_times="stratified", min_query_time=0.068,
     total_substeps=6, sample_substeps=3, solver="deis", time_weight=0.25, lr=2e-3,
     lr_decay="cosine", warmup=100, beta2=0.99, clip=1.0, clip_start=0, ema_start=0, bf16=False,
-    tf32=False, checkpointing=False, save_every=500, eval_every=1000,
+    checkpointing=False, save_every=500, eval_every=1000,
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY,
@@ -179,27 +167,13 @@ def read_settings(
     Raises: ValueError that names the setting, what was given and what is accepted.
     """
     s = parse(Settings, about, argv, {preset: PRESETS[preset]} | PRESETS)
-    if s.solver == "exact" and s.policy != "dx":
-        raise ValueError("--solver is 'exact'; a gmflow policy takes euler or deis")
-    if s.dropout and s.policy == "dx":
-        raise ValueError(f"--dropout is {s.dropout}; a dx policy has none, it must be 0")
-    if s.latents and s.nfe == 1:
-        raise ValueError("--latents is of no use with --nfe 1: the segment starts in pure noise")
-    if s.fid_every and (not s.eval_every or s.fid_every % s.eval_every):
-        given = f"--fid-every is {s.fid_every}"
-        raise ValueError(f"{given}; it must be a multiple of --picture-every, {s.eval_every}")
+    if (s.policy == "dx" and s.dropout) or (s.policy == "gmflow" and s.solver == "exact"):
+        given = f"--policy {s.policy} --solver {s.solver} --dropout {s.dropout}"
+        raise ValueError(f"{given}: solver exact is for dx, a dropout above 0 for gmflow")
     return s
 
 
 # ---- The task ------------------------------------------------------------------------------------
-
-
-def load_teacher(s: Settings, device: torch.device) -> DiT:
-    """The teacher that the settings name."""
-    source = TEACHERS.get(s.teacher, Source(s.teacher))
-    time_scale = s.time_scale or source.time_scale
-    options = {"device": device, "head": "velocity", "flip_time": s.flip_time}
-    return load_dit(source.path, s.num_heads, time_scale, **options)
 
 
 class Distillation:
@@ -208,10 +182,12 @@ class Distillation:
     def __init__(self, s: Settings, device: torch.device, teacher: DiT | None = None):
         self.s, self.device = s, device
         torch.manual_seed(s.seed)
-        self.teacher = (teacher or load_teacher(s, device)).requires_grad_(False)
-        generator = torch.Generator().manual_seed(s.seed)
+        if teacher is None:
+            source = TEACHERS.get(s.teacher, Source(s.teacher))
+            teacher = load_dit(source.path, None, source.time_scale, device, head="velocity")
+        self.teacher = teacher.requires_grad_(False)
         self.net = init_student_from_teacher(
-            self.teacher, s.policy, s.components, generator=generator
+            teacher, s.policy, s.components, generator=torch.Generator().manual_seed(s.seed)
         ).to(device)
         self.net.config = replace(self.net.config, nfe=s.nfe, **s.sampling)
         self.net.requires_grad_(True).checkpointing = s.checkpointing
@@ -224,10 +200,15 @@ class Distillation:
         if self.compile:
             for block in (*self.net.blocks, *self.teacher.blocks):
                 block.compile()
-        self.shape = (self.teacher.config.channels, *[self.teacher.config.latent_size] * 2)
-        self.latents = Latents(s.latents, self.teacher.config) if s.latents else None
-        self.pairs = None
-        self.fid = FrechetEval(s, self.teacher.config, device) if s.fid_every else None
+        config = teacher.config
+        self.shape = (config.channels, config.latent_size, config.latent_size)
+        self.latents = Latents(s.latents, config) if s.latents else None
+        self.decode = self.pairs = self.reference = None
+        tiny = config.decoder == PIXELS
+        if s.fid_images and not (tiny or s.reference):
+            raise ValueError("--fid-images needs --reference: what the FID compares with")
+        if s.fid_images:
+            self.reference = metrics.open_reference(None if tiny else s.reference, device)
 
     def shard(self, net: nn.Module) -> None:
         """Each block is gathered when it is needed."""
@@ -264,7 +245,6 @@ class Distillation:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.s.bf16):
                 return net(x, t, labels)
 
-        call.config = self.net.config
         return dit_student(call, labels, 1 / self.s.nfe)
 
     def guided(self, labels: Tensor) -> Callable:
@@ -287,14 +267,43 @@ class Distillation:
         return sample(self.student(net, labels), noise, self.s.nfe, **self.s.sampling)
 
     def evaluate(self, net: nn.Module, iteration: int) -> dict[str, float]:
-        """Endpoint RMSE and a picture of pairs; a Frechet distance at every --fid-every."""
+        """A picture of ten pairs and their endpoint RMSE; with --fid-images a Frechet distance."""
+        s = self.s
         if self.pairs is None:
-            self.pairs = Pairs(self)
-        found = {"endpoint_rmse": self.pairs.compare(net, iteration)}
-        last = iteration == self.s.iterations
-        if self.fid and due(iteration, self.s.fid_every, last):
-            found[self.fid.name] = self.fid.distance(lambda *inputs: self.sample(net, *inputs))
+            generator = torch.Generator().manual_seed(s.seed)
+            noise = torch.randn(PAIRS, *self.shape, generator=generator).to(self.device)
+            labels = torch.arange(PAIRS, device=self.device)
+            labels = labels * self.teacher.config.num_classes // PAIRS
+            target = integrate_teacher(self.guided(labels), noise, TEACHER_STEPS)
+            self.pairs = noise, labels, target
+            self.decode = load_decoder(self.teacher.config, self.device)
+        noise, labels, target = self.pairs
+        x_0 = self.sample(net, noise, labels)
+        if rank() == 0:
+            rows = {f"teacher, {TEACHER_STEPS} steps": to_pixels(self.decode(target))}
+            rows[f"student, nfe {s.nfe}"] = to_pixels(self.decode(x_0))
+            figure = image_rows(rows, f"the same noise, iteration {iteration}")
+            with writing(join(s.out, "pictures", f"step_{iteration:08d}.png")) as temporary:
+                figure.savefig(temporary, format="png")
+        found = {"endpoint_rmse": endpoint_rmse(x_0, target)}
+        if self.reference:
+            found[self.reference.name] = self.frechet_distance(net)
         return found
+
+    def frechet_distance(self, net: nn.Module) -> float:
+        """Of new images of the average, on all processes; image i has the seed i."""
+        reference = self.reference
+        features = torch.zeros(self.s.fid_images, len(reference.mean), device=self.device)
+        for part in torch.arange(len(features))[rank() :: world()].split(FID_BATCH):
+            seeds = [torch.Generator().manual_seed(i) for i in part.tolist()]
+            noise = torch.stack([torch.randn(self.shape, generator=seed) for seed in seeds])
+            labels = part.to(self.device) % self.teacher.config.num_classes
+            pixels = to_pixels(self.decode(self.sample(net, noise.to(self.device), labels)))
+            with frechet.full_precision():
+                found = reference.judge(pixels.permute(0, 3, 1, 2).to(self.device))
+            features[part] = found[0].float()
+        moments = frechet.moments(total(features))  #  the others have zeros there
+        return frechet.gaussian_distance(*moments, reference.mean, reference.covariance)
 
     def export(self, state: dict[str, Tensor], folder: str | Path) -> None:
         """student.safetensors, for imagenet.sample."""
@@ -309,118 +318,18 @@ class Distillation:
         return asdict(self.net.config)
 
 
-class Pairs:
-    """Fixed noises, and where the teacher takes them in many steps: the student should follow."""
-
-    def __init__(self, task: Distillation):
-        s, config = task.s, task.teacher.config
-        self.task = task
-        generator = torch.Generator().manual_seed(s.seed)
-        self.noise = torch.randn(PAIRS, *task.shape, generator=generator).to(task.device)
-        self.labels = (torch.arange(PAIRS) * config.num_classes // PAIRS).to(task.device)
-        self.target = integrate_teacher(task.guided(self.labels), self.noise, s.teacher_steps)
-        self.decode = load_decoder(config, task.device) if rank() == 0 else None
-
-    def compare(self, net: nn.Module, iteration: int) -> float:
-        """Draws the pairs on rank 0. -> endpoint RMSE, in latents."""
-        s = self.task.s
-        x_0 = self.task.sample(net, self.noise, self.labels)
-        if rank() == 0:
-            rows = {f"teacher, {s.teacher_steps} steps": to_pixels(self.decode(self.target))}
-            rows[f"student, nfe {s.nfe}"] = to_pixels(self.decode(x_0))
-            figure = image_rows(rows, f"the same noise, iteration {iteration}")
-            with writing(join(s.out, "pictures", f"step_{iteration:08d}.png")) as temporary:
-                figure.savefig(temporary, format="png")
-        return endpoint_rmse(x_0, self.target)
-
-
-class Latents:
-    """Latents that imagenet.cache_latents wrote, memory-mapped.
-
-    Raises: ValueError if there are none, or if they are not what the network works on.
-    """
-
-    def __init__(self, folder: str, net: DiTConfig):
-        self.moments, self.labels = open_shards(folder, net)  #  (n, 2, C, H, W) each, (N,)
-        self.ends = np.cumsum([len(shard) for shard in self.moments])
-
-    def draw(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """n samples of the VAE's posterior, (n, C, H, W), of random images, and labels (n,)."""
-        items = torch.randint(len(self.labels), (n,)).numpy()
-        shards = np.searchsorted(self.ends, items, side="right")
-        rows = [self.moments[k][item - self.ends[k]] for k, item in zip(shards, items, strict=True)]
-        moments = torch.from_numpy(np.stack(rows).astype(np.float32))
-        labels = torch.from_numpy(self.labels[items].astype(np.int64))
-        if device.type == "cuda":  # no synchronisation
-            moments, labels = moments.pin_memory(), labels.pin_memory()
-        moments, labels = (part.to(device, non_blocking=True) for part in (moments, labels))
-        mean, std = moments.unbind(1)
-        return mean + std * torch.randn_like(mean), labels
-
-
-class FrechetEval:
-    """Frechet distance of new images of the average, on all processes; image i has the seed i.
-
-    FID against --reference; for the tiny model the distance of its own feature network.
-    Raises: ValueError if there is no reference.
-    """
-
-    def __init__(self, s: Settings, net: DiTConfig, device: torch.device):
-        if net.decoder != PIXELS and not s.reference:
-            raise ValueError("--fid-every needs --reference: what the FID compares with")
-        self.s, self.net, self.device = s, net, device
-        self.decode = load_decoder(net, device)
-        if net.decoder == PIXELS:
-            known = fashion.load_features(device=device)
-            self.name, self.moments = "frechet_distance", (known.mean, known.covariance)
-            self.features = lambda images: fashion.extract(known.net, images)[0]
-            return
-        inception, reference = metrics.open_reference(s.reference, s.inception, device)
-        self.name, self.moments = "fid", (reference.mean, reference.covariance)
-        self.features = lambda images: inception(
-            to_pixels(images).permute(0, 3, 1, 2).to(device)
-        )[0]  # fmt: skip
-
-    def distance(self, sample_images: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """sample_images: (noise, labels) -> x_0. Every process calls this."""
-        device = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
-        width, count = len(self.moments[0]), self.s.fid_images
-        sums = torch.zeros(width + 1, width, device=device, dtype=torch.float64)
-        shape = (self.net.channels, self.net.latent_size, self.net.latent_size)
-        for part in torch.arange(count)[rank() :: world()].split(FID_BATCH):
-            seeds = [torch.Generator().manual_seed(i) for i in part.tolist()]
-            noise = torch.stack([torch.randn(shape, generator=seed) for seed in seeds])
-            labels = part.to(self.device) % self.net.num_classes
-            x_0 = sample_images(noise.to(self.device), labels)
-            with frechet.full_precision():
-                features = self.features(self.decode(x_0)).to(device).double()
-            sums[0] += features.sum(0)
-            sums[1:] += features.T @ features
-        sums = total(sums) / count
-        covariance = (sums[1:] - torch.outer(sums[0], sums[0])) * count / (count - 1)
-        return frechet.gaussian_distance(sums[0], covariance, *self.moments)
-
-
-def run(s: Settings, place: Place) -> None:
-    """Trains, or continues, one run. Every process calls this."""
-    if s.tf32 and place.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    task = Distillation(s, place.device)
-    if s.nfe > 1 and not s.latents and place.rank == 0:
-        print(
-            f"training data-free (Algorithm 3): {s.nfe} segments per sample, {s.nfe} times the "
-            "cost of a run with --latents (Algorithm 2), as the published one of gm-repa-2nfe"
-        )
-    with compiled_policies(task.compile):
-        train(s, task, place)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Trains, or continues, the run that the command line describes."""
     keep_freed_memory()
     s = read_settings(argv)
     with processes(s.device) as place:
-        run(s, place)
+        if s.bf16 and place.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        task = Distillation(s, place.device)
+        if s.nfe > 1 and not s.latents and place.rank == 0:
+            print(f"data-free (Algorithm 3): {s.nfe} times the cost of a run with --latents")
+        with compiled_policies(task.compile):
+            train(s, task, place)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 The reference is the .npz of the ADM evaluation suite or a folder of images. Precision and recall
 are those of ADM (arXiv 1904.06991): the same features, the 3 nearest neighbours. Inception Score:
-in splits of 5000. Features stay on the device.
+in splits of 5000. Features stay on the device. The tiny model has a feature network of its own,
+with the statistics of its training set (common/fashion.py).
 """
 
 import math
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import frechet
+from common import fashion, frechet
 from common.frechet import FEATURES, full_precision, gaussian_distance, inception_features, moments
 from common.images import list_images, read_image
 
@@ -25,89 +25,94 @@ BATCH = 64  # images at once
 
 
 class Reference(NamedTuple):
-    """What samples are compared with: features of its images, if it has any, and their moments."""
+    """What samples are compared with: moments of features of real images, and the features."""
 
-    features: Tensor | None  # (n, 2048)
-    mean: Tensor  # (2048,)
-    covariance: Tensor  # (2048, 2048)
+    name: str  # of the Frechet distance: "fid", for the tiny model "frechet_distance"
+    judge: Callable  # uint8 (n, C, H, W) -> features (n, D), logits (n, classes)
+    mean: Tensor  # (D,)
+    covariance: Tensor  # (D, D)
+    features: Tensor | None = None  # (m, D); precision and recall need them
 
 
-def open_reference(
-    path: str | Path, weights: str | Path | None, device: torch.device
-) -> tuple[Callable, Reference]:
-    """The Inception network of `load_inception`, and what a folder or .npz holds.
+def open_reference(path: str | Path | None, device: torch.device) -> Reference:
+    """The Inception network and what a folder or .npz holds; None: those of the tiny model.
 
     path: a folder of images of one size, or an .npz with images (arr_0: uint8 (n, H, W, 3)),
         statistics (mu (2048,), sigma (2048, 2048)) or both.
     Raises: FileNotFoundError or ValueError, with the file's name, for what is something else.
     """
+    if path is None:
+        return tiny_reference(device)
     if Path(path).is_dir():
-        images, known = read_folder(path), None
+        batches, known = read_folder(path), None
     else:
-        images, known = read_npz(path)
-    inception = frechet.load_inception(weights, device)
-    features = None
-    if images is not None:
-        features, _ = inception_features(inception, images, device)
-    return inception, Reference(features, *(known or moments(features)))
+        batches, known = read_npz(path)
+    inception, features = frechet.load_inception(device), None
+    if batches is not None:
+        features, _ = inception_features(inception, batches, device)
+    return Reference("fid", inception, *(known or moments(features)), features)
+
+
+def tiny_reference(device: torch.device) -> Reference:
+    """The classifier of Fashion-MNIST, with the features of its training set."""
+    known = fashion.load_features(device=device)
+
+    def judge(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = known.net.body(pixels / 127.5 - 1)
+        return features, known.net.classify(features)
+
+    return Reference("frechet_distance", judge, known.mean, known.covariance)
 
 
 def read_folder(folder: str | Path) -> Iterator[Tensor]:
-    """Yields batches uint8 (n, H, W, 3). Raises: ValueError for images of several sizes."""
+    """Yields batches uint8 (n, H, W, 3)."""
     files = list_images(folder)
-    first = read_image(files[0]).shape
     for i in range(0, len(files), BATCH):
-        images = [read_image(file) for file in files[i : i + BATCH]]
-        for file, image in zip(files[i : i + BATCH], images, strict=True):
-            if image.shape != first:
-                raise ValueError(
-                    f"--reference: {files[0]} is {first[1]} x {first[0]}, {file} is "
-                    f"{image.shape[1]} x {image.shape[0]}; all images must be of one size"
-                )
-        yield torch.stack(images)
+        yield torch.stack([read_image(file) for file in files[i : i + BATCH]])
 
 
-def read_npz(
-    path: str | Path,
-) -> tuple[Iterable[np.ndarray] | None, tuple[Tensor, Tensor] | None]:
+def read_npz(path: str | Path) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:
     """Batches of images uint8 (n, H, W, 3), and mean and covariance of features; None: not there.
 
     Raises: ValueError, with the file's name, for one that is damaged or holds something else.
     """
     try:
         with np.load(path) as file:  # allow_pickle stays off
-            found = {name: file[name] for name in ("arr_0", "mu", "sigma") if name in file}
-    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
+            names = [name for name in ("arr_0", "mu", "sigma") if name in file]
+            found = {name: torch.from_numpy(file[name]) for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each part of a damaged .npz has errors of its own
         raise ValueError(f"--reference {path} is no readable .npz: {error}") from error
     images = found.get("arr_0")
-    shapes = {"mu": (FEATURES,), "sigma": (FEATURES, FEATURES)}
-    known = [found[name] for name in shapes if name in found]
-    if images is None and len(known) < 2:
-        raise ValueError(f"--reference {path} has neither images (arr_0) nor mu and sigma")
-    if images is not None:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(
-                f"--reference {path}: arr_0 is {images.dtype} {images.shape}; images are uint8 "
-                "(n, H, W, 3)"
-            )
-        images = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-    for name, shape in shapes.items():
-        if name in found and found[name].shape != shape:
-            raise ValueError(f"--reference {path}: {name} is {found[name].shape}, must be {shape}")
-    return images, tuple(map(torch.from_numpy, known)) if len(known) == 2 else None
+    known = (found["mu"], found["sigma"]) if {"mu", "sigma"} <= found.keys() else None
+    wrong = images is None and known is None
+    wrong |= images is not None and (images.dtype, images.shape[3:]) != (torch.uint8, (3,))
+    wrong |= known is not None and known[0].shape != (FEATURES,)
+    if wrong:
+        held = {name: (str(value.dtype), tuple(value.shape)) for name, value in found.items()}
+        raise ValueError(
+            f"--reference {path} holds {held}; it needs arr_0, uint8 (n, H, W, 3), "
+            f"or mu ({FEATURES},) and sigma ({FEATURES}, {FEATURES})"
+        )
+    return images.split(BATCH) if images is not None else None, known
 
 
-def imagenet_metrics(
-    inception: Callable, images: Tensor, reference: Reference, device: torch.device
+def measure(
+    images: Tensor, labels: Tensor, reference: Reference, device: torch.device
 ) -> dict[str, float]:
-    """FID and Inception Score of images uint8 (n, H, W, 3); precision and recall where the
-    reference has images.
+    """The metrics of images uint8 (n, H, W, C) with labels (n,).
+
+    ImageNet: FID and Inception Score, precision and recall where the reference has images. Tiny:
+    Frechet distance, and the share of images that are recognised as their class.
     """
-    features, logits = inception_features(inception, images.split(BATCH), device)
-    found = {
-        "fid": gaussian_distance(*moments(features), reference.mean, reference.covariance),
-        "inception_score": inception_score(logits),
-    }
+    features, logits = inception_features(reference.judge, images.split(BATCH), device)
+    distance = gaussian_distance(*moments(features), reference.mean, reference.covariance)
+    found = {reference.name: distance}
+    if reference.name != "fid":
+        recognised = logits.argmax(1).cpu() == labels
+        return found | {"recognition_rate": recognised.float().mean().item()}
+    found["inception_score"] = inception_score(logits)
     if reference.features is not None:
         found["precision"] = precision(features, reference.features)
         found["recall"] = precision(reference.features, features)
@@ -128,11 +133,8 @@ def precision(features: Tensor, real: Tensor) -> float:
     """The share of features (n, D) near one of `real` (m, D); recall with both exchanged.
 
     Near: not farther than that one's third neighbour in its own set. Distances are computed in
-    blocks of at most 0.5 GB. Raises: ValueError for fewer than 4 of either.
+    blocks of at most 0.5 GB.
     """
-    if min(len(features), len(real)) <= NEIGHBOURS:
-        given = f"{len(features)} images and {len(real)} references"
-        raise ValueError(f"precision and recall of {given}: both need at least {NEIGHBOURS + 1}")
     size = max(1, 2**27 // len(real))
     with full_precision():
         near = [

@@ -3,12 +3,12 @@
     python -m imagenet.sample outputs/tiny                # a run of imagenet.distill
     python -m imagenet.sample outputs/tiny/checkpoints/step_00004500.pt
     python -m imagenet.sample tiny --nfe 8                # the teacher, 8 Euler steps
-    torchrun --nproc-per-node 8 -m imagenet.sample MODEL --count 50000 --labels published --npz \\
-        --reference VIRTUAL_imagenet256_labeled.npz           # FID of 50,000 images
+    torchrun --nproc-per-node 8 -m imagenet.sample gm-repa-1nfe --count 50000 --labels published \\
+        --npz --reference VIRTUAL_imagenet256_labeled.npz           # FID of 50,000 images
 
-MODEL is the folder of a run, a checkpoint file, owner/repository/path on the Hugging Face Hub
-(Lakonik/pi-Flow-ImageNet/STUDENT/diffusion_pytorch_model.safetensors), or a teacher: tiny, repa,
-fm. Image i depends on --seed and i alone, whatever --batch and the number of processes:
+MODEL is the folder of a run, a checkpoint file, owner/repository/path on the Hugging Face Hub, a
+published student (gm-fm-1nfe, gm-repa-1nfe, gm-repa-2nfe), or a teacher (tiny, repa, fm). Image i
+depends on --seed and i alone, whatever --batch and the number of processes:
 
     --labels balanced     class i modulo the number of classes, noise from the seed i
     --labels published    class randint(0, 1000) from the seed i, noise from the seed i + 1000: the
@@ -16,7 +16,7 @@ fm. Image i depends on --seed and i alone, whatever --batch and the number of pr
 
 These are the seeds for --seed 0; --seed S adds S million to them, so that the noises of different
 --seed are disjoint. On CUDA an ImageNet network runs in bfloat16 and its VAE in float16, as in the
-public evaluation. Metrics: imagenet/metrics.py, for the tiny model common/fashion.py.
+public evaluation. Metrics: imagenet/metrics.py.
 
 In --out: samples.png, metrics.json, pairs.png beside a teacher, with --npz samples.npz (uint8 NHWC
 in arr_0, labels in arr_1, as the ADM evaluation suite reads it).
@@ -35,24 +35,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from common import fashion
 from common.cli import DEVICE_HELP, compiled_policies, keep_freed_memory, parse, run_cli, setting
-from common.files import is_remote, join, read_json, write_json, writing
+from common.files import join, read_json, write_json, writing
 from common.plots import image_rows, save_figure, save_image_grid
-from common.processes import Place, processes
+from common.processes import Place, processes, total
 from common.teachers import endpoint_rmse, integrate_teacher
 from imagenet import checkpoints, metrics
-from imagenet.checkpoints import TEACHERS, Source, load_dit, to_pixels
+from imagenet.checkpoints import STUDENTS, TEACHERS, Source, load_dit, to_pixels
 from imagenet.dit import PIXELS, DiT, dit_student, guided_teacher
 from piflow_minimal import sample
 
 APART = 1_000_000  # seeds of the images of one --seed
 PUBLISHED_OFFSET = 1000  # of the noise seed to the label seed in the public evaluation
 SHOWN = 10  # pairs in pairs.png
+NAMES = TEACHERS | STUDENTS
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class Settings:
     """What is sampled, and how. `resolve_settings` fills in what is left open."""
 
     model: str = setting(
-        dataclasses.MISSING, "run, file, owner/repository/path on the Hub, or tiny, repa, fm",
+        dataclasses.MISSING, "run, file, owner/repository/path on the Hub, or a name",
         positional=True, path=True,
     )  # fmt: skip
     out: Path | None = setting(
@@ -73,7 +73,6 @@ class Settings:
     first: int = setting(0, "number i of the first image", low=0, high=APART)
     nfe: int | None = setting(None, "steps; default: as trained, 64 for a teacher", low=1)
     labels: str = setting("balanced", "classes and seeds", choices=("balanced", "published"))
-    classes: tuple[int, ...] = setting((), "classes, in turn; default: all of them", low=0)
     seed: int = setting(0, "which million of noises", low=0, high=2000)
 
     guidance: float | None = setting(None, "guidance of a teacher; default: the run's", low=0)
@@ -97,31 +96,18 @@ class Settings:
         choices=("euler", "deis", "exact"),
     )  # fmt: skip
     h: float = setting(0.0, "noise between a student's steps; inf: full", low=0, high=math.inf)
-    temperature: float | None = setting(
-        None, "of a gmflow student, in all steps but the last", above=0
-    )
-    num_heads: int | None = setting(None, "if the file does not state it", low=1)
-    time_scale: float | None = setting(
-        None, "factor of t, if the file does not state it; default: 1", above=0
-    )
-    head: str | None = setting(
-        None, "reading of a head with twice the rows", choices=("velocity", "dx")
-    )
-    flip_time: bool = setting(False, "the network was trained with t = 1 as data (SiT)")
-    decoder: str | None = setting(
-        None, "VAE (Hub name or folder); default: as the file states", path=True
+    temperature: float = setting(
+        1.0, "temperature of a gmflow student, in all steps but the last", above=0
     )
 
     batch: int = setting(100, "images that a process samples at once", low=1)
-    dtype: str | None = setting(
-        None, "weights; default on CUDA for ImageNet: bfloat16, the VAE in float16",
-        choices=("float32", "bfloat16"),
-    )  # fmt: skip
+    bf16: bool | None = setting(
+        None, "bfloat16 weights, VAE in float16; default: on CUDA for ImageNet"
+    )
     compile: bool = setting(False, "torch.compile a student's policy")
     device: str = setting("auto", DEVICE_HELP)
     npz: bool = setting(False, "write samples.npz for the ADM evaluation suite")
     reference: Path | None = setting(None, "ImageNet: ADM's .npz, or a folder of images")
-    inception: Path | None = setting(None, "weights of the Inception network; default: downloaded")
 
 
 def is_fashion(net: DiT) -> bool:
@@ -130,7 +116,7 @@ def is_fashion(net: DiT) -> bool:
     return (config.decoder, config.channels, config.latent_size) == (PIXELS, 4, 14)
 
 
-def resolve_settings(settings: Settings, net: DiT) -> Settings:
+def resolve_settings(s: Settings, net: DiT) -> Settings:
     """Fills in what the command line leaves open, from the network's file and the run around it.
 
     A policy is rolled out as the file states. If it does not: Euler with 128 substeps, the
@@ -139,55 +125,39 @@ def resolve_settings(settings: Settings, net: DiT) -> Settings:
     Raises: ValueError for a setting that does not go with the model.
     """
     config, is_teacher = net.config, net.config.head == "velocity"
-    run = {}
-    if settings.model not in TEACHERS and (
-        Path(settings.model).is_dir() or is_remote(settings.model)
-    ):
-        run = read_json(join(settings.model, "config.json"))
-    given = {"--h": settings.h, "--temperature": settings.temperature}
-    given |= {"--solver": settings.solver, "--compile": settings.compile}
-    wrong = [flag for flag, value in given.items() if value and is_teacher]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is for students; {settings.model} is a teacher")
-    if settings.classes and settings.labels == "published":
-        raise ValueError("--labels published draws from all classes; leave out --classes")
-    if settings.temperature and config.head == "dx":
-        raise ValueError(f"--temperature is for gmflow students; {settings.model} is a dx student")
-    if settings.classes and max(settings.classes) >= config.num_classes:
+    wrong = s.temperature != 1 and config.head != "gmflow"
+    if wrong or is_teacher and (s.h or s.solver):
         raise ValueError(
-            f"--classes has {max(settings.classes)}; use 0 .. {config.num_classes - 1}"
+            f"{s.model} has a {config.head} head: --h and --solver are for students, "
+            "--temperature for gmflow students"
         )
-    if settings.reference and config.decoder == PIXELS:
-        raise ValueError("--reference is for ImageNet; the tiny model has its own in assets/")
-    teacher = settings.teacher or run.get("teacher", "tiny" if is_fashion(net) else None)
-    pairs = settings.pairs
+    of_a_run = s.model not in NAMES and not Path(s.model).is_file()
+    run = read_json(join(s.model, "config.json")) if of_a_run else {}
+    teacher = s.teacher or run.get("teacher", "tiny" if is_fashion(net) else None)
+    pairs = s.pairs
     if pairs is None:
-        pairs = min(200, settings.count) if is_fashion(net) else 0
+        pairs = min(200, s.count) if is_fashion(net) else 0
     if pairs and not teacher:
         raise ValueError(f"--pairs is {pairs}; it needs --teacher")
-    source = TEACHERS.get(settings.model if is_teacher else teacher, Source(""))
-    interval = settings.guidance_interval or run.get("guidance_interval", source.guidance_interval)
-    guidance = settings.guidance
+    source = TEACHERS.get(s.model if is_teacher else teacher, Source(""))
+    interval = s.guidance_interval or run.get("guidance_interval", source.guidance_interval)
+    guidance = s.guidance
     if guidance is None:
         guidance = run.get("guidance", source.guidance)
-    nfe = settings.nfe or (64 if is_teacher else config.nfe or 1)
+    nfe = s.nfe or (64 if is_teacher else config.nfe or 1)
+    # The model's whole path, because many share a file name.
+    name = re.sub(r"\W+", "-", re.sub(r"\.\w+$", "", s.model)).strip("-")[-150:]
     return replace(
-        settings,
+        s,
         nfe=nfe,
         guidance=guidance,
         guidance_interval=tuple(interval),
-        total_substeps=settings.total_substeps or config.total_substeps or 128,
-        solver=settings.solver or config.solver or ("exact" if config.head == "dx" else "euler"),
+        total_substeps=s.total_substeps or config.total_substeps or 128,
+        solver=s.solver or config.solver or ("exact" if config.head == "dx" else "euler"),
         teacher=teacher,
         pairs=pairs,
-        out=settings.out or default_folder(settings.model, config.head, nfe),
+        out=s.out or Path(f"outputs/samples/{name}-{config.head}-nfe{nfe}"),
     )
-
-
-def default_folder(model: str, head: str, nfe: int) -> Path:
-    """outputs/samples/NAME; NAME has the model's whole path, because many share a file name."""
-    name = re.sub(r"\W+", "-", re.sub(r"\.\w+$", "", model)).strip("-")[-150:]
-    return Path("outputs/samples") / f"{name}-{head}-nfe{nfe}"
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -195,30 +165,23 @@ def default_folder(model: str, head: str, nfe: int) -> Path:
 Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
 
 
-def open_model(settings: Settings, device: torch.device) -> DiT:
-    """A student or teacher, frozen."""
-    path, time_scale, *_ = TEACHERS.get(settings.model, Source(settings.model))
-    net = load_dit(
-        path, settings.num_heads, settings.time_scale or time_scale, device, settings.head,
-        settings.flip_time,
-    )  # fmt: skip
-    if settings.decoder:
-        net.config = replace(net.config, decoder=settings.decoder)
+def open_model(name: str, device: torch.device) -> DiT:
+    """A student or teacher by its name or path, frozen."""
+    source = NAMES.get(name, Source(name))
+    net = load_dit(source.path, time_scale=source.time_scale, device=device)
+    net.config = replace(net.config, nfe=net.config.nfe or source.nfe)
     return net.requires_grad_(False)
 
 
-def draws(
-    settings: Settings, net: DiT, numbers: range
-) -> tuple[Tensor, Tensor, list[torch.Generator]]:
+def draws(s: Settings, net: DiT, numbers: range) -> tuple[Tensor, Tensor, list[torch.Generator]]:
     """Noise (n, C, H, W), labels (n,) and a generator for each of the images with these numbers.
 
     On the CPU. The generator has drawn the image's noise.
     """
     config = net.config
-    seeds = [APART * settings.seed + i for i in numbers]
-    classes = torch.tensor(settings.classes or range(config.num_classes))
-    labels = classes[torch.tensor(numbers) % len(classes)]
-    if settings.labels == "published":
+    seeds = [APART * s.seed + i for i in numbers]
+    labels = torch.tensor(numbers) % config.num_classes
+    if s.labels == "published":
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         drawn = [torch.randint(config.num_classes, (), generator=g) for g in generators]
         labels = torch.stack(drawn)
@@ -229,7 +192,7 @@ def draws(
     return noise, labels, generators
 
 
-def sampler(net: DiT, settings: Settings) -> Sampler:
+def sampler(net: DiT, s: Settings) -> Sampler:
     """-> (noise (B, C, H, W), labels (B,), a generator per image) -> x_0, by `nfe` evaluations.
 
     A guided step of a teacher counts as one, though it is two evaluations of its network. The
@@ -237,149 +200,114 @@ def sampler(net: DiT, settings: Settings) -> Sampler:
     """
 
     def sample_teacher(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
-        teacher = guided_teacher(net, labels, settings.guidance, settings.guidance_interval)
-        return integrate_teacher(teacher, noise, settings.nfe)
+        teacher = guided_teacher(net, labels, s.guidance, s.guidance_interval)
+        return integrate_teacher(teacher, noise, s.nfe)
 
     def sample_student(noise: Tensor, labels: Tensor, generators: list) -> Tensor:
         return sample(
-            dit_student(net, labels, segment_size=1 / (net.config.nfe or 1)), noise, settings.nfe,
-            h=settings.h, temperature=settings.temperature or 1.0, generator=generators,
-            total_substeps=settings.total_substeps, solver=settings.solver,
+            dit_student(net, labels, segment_size=1 / (net.config.nfe or 1)), noise, s.nfe,
+            h=s.h, temperature=s.temperature, generator=generators,
+            total_substeps=s.total_substeps, solver=s.solver,
         )  # fmt: skip
 
     return sample_teacher if net.config.head == "velocity" else sample_student
 
 
-def sample_images(
-    settings: Settings, net: DiT, decode: Callable, place: Place
-) -> tuple[Tensor | None, float]:
-    """All images, uint8 (count, H, W, C) on rank 0, and seconds per image. Processes take turns.
+def sample_images(s: Settings, net: DiT, decode: Callable, place: Place) -> Tensor:
+    """All images, uint8 (count, H, W, C) on the CPU of rank 0. Processes take turns.
 
     Raises: ValueError if images are not finite.
     """
-    to_data, images, began = sampler(net, settings), None, time.perf_counter()
-    end = settings.first + settings.count
-    batch = min(settings.batch, -(-settings.count // place.world))
-    rounds = range(settings.first, end, batch * place.world)
+    to_data, images = sampler(net, s), []
+    end = s.first + s.count
+    batch = min(s.batch, -(-s.count // place.world))
+    rounds = range(s.first, end, batch * place.world)
     for start in tqdm(rounds, disable=True if place.rank else None):
-        mine = min(start + place.rank * batch, end - 1)
+        mine = min(start + place.rank * batch, end - 1)  # none is without an image
         numbers = range(mine, min(mine + batch, end))
-        noise, labels, generators = draws(settings, net, numbers)
+        noise, labels, generators = draws(s, net, numbers)
         x_0 = to_data(noise.to(place.device), labels.to(place.device), generators)
         if not x_0.isfinite().all():
             raise ValueError(f"images {mine} to {numbers[-1]} are not finite; damaged weights?")
-        pixels = gather(to_pixels(decode(x_0)), batch, place)
+        pixels = to_pixels(decode(x_0))
+        whole = pixels.new_zeros(place.world, batch, *pixels.shape[1:])
+        whole[place.rank, : len(pixels)] = pixels
+        whole = total(whole.to(place.device)).flatten(0, 1)  # the others have zeros there
         if place.rank == 0:
-            if images is None:
-                images = torch.empty(settings.count, *pixels.shape[1:], dtype=torch.uint8)
-            done = start - settings.first
-            images[done : done + len(pixels)] = pixels[: settings.count - done]
-    return images, (time.perf_counter() - began) / settings.count
-
-
-def gather(pixels: Tensor, batch: int, place: Place) -> Tensor:
-    """The images (at most `batch`) of all processes, in the order of their ranks, on the CPU."""
-    if place.world == 1:
-        return pixels
-    padded = pixels.new_zeros(batch, *pixels.shape[1:])
-    padded[: len(pixels)] = pixels
-    padded = padded.to(place.device)
-    parts = [torch.empty_like(padded) for _ in range(place.world)]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts).cpu()
+            images.append(whole[: end - start].cpu())
+    return torch.cat(images) if images else None
 
 
 def compare(
-    settings: Settings, net: DiT, teacher: DiT, decode: Callable, device: torch.device
+    s: Settings, net: DiT, teacher: DiT, decode: Callable, device: torch.device
 ) -> tuple[float, dict[str, Tensor]]:
     """The first --pairs images beside the teacher's, from the same noise.
 
     -> endpoint RMSE in latents; some images of both (n, H, W, C).
     """
-    to_target = sampler(teacher, replace(settings, nfe=settings.teacher_steps))
+    to_x0, to_target = sampler(net, s), sampler(teacher, replace(s, nfe=s.teacher_steps))
     ends, targets = [], []
-    for part in torch.arange(settings.first, settings.first + settings.pairs).split(settings.batch):
-        noise, labels, generators = draws(settings, net, range(part[0], part[-1] + 1))
+    for part in torch.arange(s.first, s.first + s.pairs).split(s.batch):
+        noise, labels, generators = draws(s, net, range(part[0], part[-1] + 1))
         noise, labels = noise.to(device), labels.to(device)
-        ends.append(sampler(net, settings)(noise, labels, generators))
+        ends.append(to_x0(noise, labels, generators))
         targets.append(to_target(noise, labels, generators))
     ends, targets = torch.cat(ends), torch.cat(targets)
     role = "teacher" if net.config.head == "velocity" else "student"
     rows = {
-        f"teacher, {settings.teacher_steps} steps": to_pixels(decode(targets[:SHOWN])),
-        f"{role}, nfe {settings.nfe}": to_pixels(decode(ends[:SHOWN])),
+        f"teacher, {s.teacher_steps} steps": to_pixels(decode(targets[:SHOWN])),
+        f"{role}, nfe {s.nfe}": to_pixels(decode(ends[:SHOWN])),
     }
     return endpoint_rmse(ends, targets), rows
-
-
-# ---- Results -------------------------------------------------------------------------------------
-
-
-def measure(
-    settings: Settings, net: DiT, images: Tensor, labels: Tensor, inception: Callable | None,
-    reference: metrics.Reference | None, device: torch.device,
-) -> dict[str, float]:  # fmt: skip
-    """The metrics of images uint8 (n, H, W, C) that there are for this model."""
-    if reference:
-        return metrics.imagenet_metrics(inception, images, reference, device)
-    if not is_fashion(net) or len(images) <= fashion.FEATURE_WIDTH:
-        return {}
-    features = fashion.load_features()
-    values = images.permute(0, 3, 1, 2) / 127.5 - 1
-    return {
-        "frechet_distance": fashion.frechet_distance(values, features),
-        "recognition_rate": fashion.recognition_rate(values, labels, features),
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Samples and measures; see the top of the file."""
     keep_freed_memory()
-    settings = parse(Settings, __doc__, argv)
-    with processes(settings.device) as place:
-        device = place.device
-        if device.type == "cuda":
+    s = parse(Settings, __doc__, argv)
+    with processes(s.device) as place, compiled_policies(s.compile):
+        device, on_cuda = place.device, place.device.type == "cuda"
+        if on_cuda:
             torch.set_float32_matmul_precision("high")  # TF32, as in the public evaluation
-        net = open_model(settings, device)
-        settings = resolve_settings(settings, net)
-        half = device.type == "cuda" and net.config.decoder != PIXELS and not settings.dtype
-        dtype = torch.bfloat16 if half or settings.dtype == "bfloat16" else torch.float32
-        vae_dtype = torch.float16 if half else torch.float32
+        net = open_model(s.model, device)
+        s = resolve_settings(s, net)
+        half = s.bf16
+        if half is None:
+            half = on_cuda and net.config.decoder != PIXELS
+        dtype = torch.bfloat16 if half else torch.float32
+        vae_dtype = torch.float16 if half and on_cuda else torch.float32
         decode = checkpoints.load_decoder(net.config, device, vae_dtype)
         net.to(dtype)
-        teacher = inception = reference = None
+        teacher = reference = None
         if place.rank == 0:
-            if settings.pairs:
-                other = Settings(model=settings.teacher)
-                teacher = open_model(other, device).to(dtype)
-            if settings.reference:
-                inception, reference = metrics.open_reference(
-                    settings.reference, settings.inception, device
-                )
-            settings.out.mkdir(parents=True, exist_ok=True)
-        with compiled_policies(settings.compile):
-            images, seconds = sample_images(settings, net, decode, place)
-            if place.rank:
-                return
-            found = {"model": settings.model, "nfe": settings.nfe, "count": settings.count}
-            found |= {"labels": settings.labels, "seconds_per_image": seconds}
-            numbers = range(settings.first, settings.first + settings.count)
-            labels = draws(settings, net, numbers)[1]
-            if settings.npz:
-                with writing(settings.out / "samples.npz") as temporary:
-                    with temporary.open("wb") as file:
-                        np.savez(file, arr_0=images.numpy(), arr_1=labels.numpy())
-            grid = images[:100].permute(0, 3, 1, 2)
-            save_image_grid(grid, settings.out / "samples.png", min(10, len(grid)), padding=0)
-            if teacher:
-                found["endpoint_rmse"], rows = compare(settings, net, teacher, decode, device)
-                save_figure(image_rows(rows, "the same noise"), settings.out / "pairs.png")
-        found |= measure(settings, net, images, labels, inception, reference, device)
+            if s.pairs:
+                teacher = open_model(s.teacher, device).to(dtype)
+            if s.reference or is_fashion(net) and s.count > fashion.FEATURE_WIDTH:
+                reference = metrics.open_reference(s.reference, device)
+            s.out.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        images = sample_images(s, net, decode, place)
+        if place.rank:
+            return
+        seconds = (time.perf_counter() - began) / s.count
+        found = {"model": s.model, "nfe": s.nfe, "count": s.count, "labels": s.labels}
+        found["seconds_per_image"] = seconds
+        labels = draws(s, net, range(s.first, s.first + s.count))[1]
+        if s.npz:
+            with writing(s.out / "samples.npz") as temporary:
+                np.savez(temporary, arr_0=images.numpy(), arr_1=labels.numpy())
+        grid = images[:100].permute(0, 3, 1, 2)
+        save_image_grid(grid, s.out / "samples.png", min(10, len(grid)), padding=0)
+        if teacher:
+            found["endpoint_rmse"], rows = compare(s, net, teacher, decode, device)
+            save_figure(image_rows(rows, "the same noise"), s.out / "pairs.png")
+        if reference:
+            found |= metrics.measure(images, labels, reference, device)
     for name, value in found.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; the images are in {settings.out}")
-    known = {key: str(v) if isinstance(v, Path) else v for key, v in vars(settings).items()}
-    write_json(settings.out / "metrics.json", found | {"settings": known})
+            raise ValueError(f"{name} is {value}; the images are in {s.out}")
+    known = {key: str(v) if isinstance(v, Path) else v for key, v in vars(s).items()}
+    write_json(s.out / "metrics.json", found | {"settings": known})
     for name, value in found.items():
         print(f"{name:20s} {value:.4f}" if isinstance(value, float) else f"{name:20s} {value}")
 

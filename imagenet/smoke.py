@@ -78,7 +78,7 @@ def measure(s: Settings, task: Distillation, place: Place) -> Measured:
             torch.cuda.synchronize(place.device)
         return time.perf_counter()
 
-    seconds = []
+    micro_batch = step = 0.0
     with compiled_policies(task.compile):
         for i in range(1 + STEPS):
             state.optimizer.zero_grad()
@@ -87,8 +87,9 @@ def measure(s: Settings, task: Distillation, place: Place) -> Measured:
             middle = now()
             nn.utils.clip_grad_norm_(state.weights, s.clip)
             state.step()
-            seconds.append((middle - began, now() - middle))
-    micro_batch, step = (sum(column) / STEPS for column in zip(*seconds[1:], strict=True))
+            if i:
+                micro_batch += (middle - began) / STEPS
+                step += (now() - middle) / STEPS
     return Measured(micro_batch, step, memory_gib(place.device))
 
 
@@ -103,32 +104,29 @@ def main(argv: list[str] | None = None) -> None:
     """Measures and prints; see the top of the file."""
     s = read_settings(argv, __doc__, "gm-repa-1nfe")
     with processes(s.device) as place:
-        world, device = place.world, place.device
-        name = "tiny" if device.type != "cuda" or s.teacher == "tiny" else "xl2"
+        device = place.device
+        name = "xl2" if device.type == "cuda" and s.teacher != "tiny" else "tiny"
         if name == "tiny" and s.teacher != "tiny":
-            if place.rank == 0:
-                print(f"No GPU: this is the tiny network on {device.type}, not XL/2.")
-            s = replace(PRESETS["tiny"], device=s.device, compile=s.compile, seed=s.seed)
-        none = {"latents": None, "reference": None, "fid_every": None, "logger": "none"}
-        s = replace(s, batch=s.micro_batch * world, **none)
+            s = replace(PRESETS["tiny"], compile=s.compile, seed=s.seed)
+        none = {"latents": None, "fid_images": 0, "logger": "none"}
+        s = replace(s, batch=s.micro_batch * place.world, **none)
         task = Distillation(s, device, random_teacher(name, device))
         measured = measure(s, task, place)
     if place.rank:
         return
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"{world} x {machine}, torch {torch.__version__}, network {name}, {s.policy} "
-          f"{s.components}, nfe {s.nfe}, micro-batch {s.micro_batch}, "
-          f"torch.compile {'on' if task.compile else 'off'}")  # fmt: skip
-    print(f"peak memory          {measured.gib:8.1f} GiB per process; the formula for a GPU: "
-          f"{memory_formula(s, task.net, world):.1f}")  # fmt: skip
-    print(f"micro-batch          {1e3 * measured.micro_batch:8.1f} ms")
-    print(f"optimizer step       {1e3 * measured.step:8.1f} ms")
-    print(f"images per second    {s.batch * s.nfe / measured.micro_batch:8.1f} of one segment")
-    print("\npreset                  hours")
+    print(
+        f"{place.world} x {device.type}: network {name}, {s.policy} {s.components}, nfe {s.nfe}, "
+        f"micro-batch {s.micro_batch}, torch.compile {'on' if task.compile else 'off'}\n"
+        f"peak memory          {measured.gib:8.1f} GiB per process; the formula for a GPU: "
+        f"{memory_formula(s, task.net, place.world):.1f}\n"
+        f"micro-batch          {1e3 * measured.micro_batch:8.1f} ms\n"
+        f"optimizer step       {1e3 * measured.step:8.1f} ms\n"
+        f"images per second    {s.batch * s.nfe / measured.micro_batch:8.1f} of one segment\n"
+        "\npreset                  hours, with this micro-batch and policy"
+    )
     for preset, other in PRESETS.items():
         if (other.teacher == "tiny") == (name == "tiny"):
-            print(f"{preset:18s} {hours(other, measured, s, world):10.1f}")
-    print(f"Each is counted with the micro-batch and the policy of {s.policy} {s.components}.")
+            print(f"{preset:18s} {hours(other, measured, s, place.world):10.1f}")
 
 
 if __name__ == "__main__":

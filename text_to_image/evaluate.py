@@ -60,7 +60,6 @@ class Settings(LoadSettings):
     )
     hps: bool = setting(False, "HPSv2.1, by the package hpsv2")
     reference: Path | None = setting(None, "folder of real images, for the FID")
-    inception: str | None = setting(None, "file of the Inception weights; downloaded", path=True)
 
 
 def read_set(settings: Settings) -> list[str]:
@@ -169,7 +168,7 @@ def measure(
     yield "clip_score", "not run" if no_clip else clip_score(files, prompts, s.clip, device)
     value = "not run (--reference)"
     if s.reference is not None:
-        net = load_inception(s.inception, device)
+        net = load_inception(device)
         value = fid(files, list_images(s.reference), net, device)
     yield "fid", value
     yield "hpsv2.1", hps_score(files, prompts) if s.hps else "not run (--hps)"
@@ -182,7 +181,7 @@ def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
         require_package("hpsv2", "--hps")
     if s.reference is not None:
         list_images(s.reference)  # before anything is drawn
-    measured = {"clip", "hps", "reference", "inception", "out", "batch", "device"}
+    measured = {"clip", "hps", "reference", "out", "batch", "device"}
     drawn = {k: v for k, v in dataclasses.asdict(s).items() if k not in measured}
     drawn |= {"prompts": prompts, "seeds": [s.seed + i for i in range(len(prompts))]}
     drawn = json.loads(json.dumps(drawn))  # tuples become lists

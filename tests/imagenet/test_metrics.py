@@ -1,12 +1,13 @@
 """metrics.py and fashion.py: Frechet distance, Inception metrics, references, feature network."""
 
-from pathlib import Path
+import os
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from common import fashion, frechet
 from common.teachers import integrate_teacher
@@ -43,18 +44,6 @@ def test_shipped_teacher_draws_recognisable_classes():
     assert fashion.recognition_rate(images, labels, features) > 0.85
     noise = torch.randn_like(images)
     assert fashion.frechet_distance(images) < fashion.frechet_distance(noise) / 10
-
-
-def test_features_that_cannot_be_used(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no feature network"):
-        fashion.load_features(tmp_path / "features.safetensors")
-    whole = fashion.FEATURES.read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match="cut.safetensors is not a readable safetensors"):
-        fashion.load_features(tmp_path / "cut.safetensors")
-    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="other.safetensors does not hold"):
-        fashion.load_features(tmp_path / "other.safetensors")
 
 
 # -- Inception metrics -----------------------------------------------------------------------------
@@ -97,8 +86,8 @@ def test_inception_metrics(tmp_path, monkeypatch):
         Image.fromarray(image).save(tmp_path / "images" / f"{i:02d}.png")
 
     def measure(name: str) -> dict:
-        inception, reference = metrics.open_reference(tmp_path / name, None, CPU)
-        return metrics.imagenet_metrics(inception, torch.from_numpy(ours), reference, CPU)
+        reference = metrics.open_reference(tmp_path / name, CPU)
+        return metrics.measure(torch.from_numpy(ours), torch.zeros(70), reference, CPU)
 
     monkeypatch.setattr(metrics, "FEATURES", 6)
     monkeypatch.setattr(frechet, "load_inception", lambda *_: stand_in_inception)
@@ -137,17 +126,12 @@ def test_blocks_change_nothing_and_torch_fidelity_agrees(monkeypatch):
     logits = torch.randn(10_000, 12) * 3
     theirs = isc.isc_features_to_metric(logits, splits=2, shuffle=False)["inception_score_mean"]
     assert metrics.inception_score(logits) == pytest.approx(theirs, rel=1e-6)
-    with pytest.raises(ValueError, match="3 images and 200 references: both need at least 4"):
-        metrics.precision(f[:3], g)
 
 
 def test_what_is_not_finite_is_an_error():
     eye, mean = torch.eye(3), torch.zeros(3)
     with pytest.raises(ValueError, match="not finite"):
         frechet.gaussian_distance(mean * torch.nan, eye, mean, eye)
-    with pytest.raises(ValueError, match="Inception features are not finite"):
-        broken = lambda images: (images.flatten(1) * torch.nan, images.flatten(1).float())  # noqa: E731
-        frechet.inception_features(broken, [np.zeros((2, 4, 4, 3), np.uint8)], CPU)
 
 
 # -- references ------------------------------------------------------------------------------------
@@ -170,23 +154,21 @@ def test_reference_layouts(tmp_path, monkeypatch):
     assert [part.shape for part in statistics] == [(2048,), (2048, 2048)]
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="nothing holds no image"):
-        metrics.open_reference(tmp_path / "nothing", None, CPU)
-    Image.new("RGB", (8, 9)).save(tmp_path / "e.png")
-    with pytest.raises(ValueError, match="a.png is 8 x 8, .*e.png is 8 x 9; all images must be"):
-        metrics.open_reference(tmp_path, None, CPU)
+        metrics.open_reference(tmp_path / "nothing", CPU)
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="a.png cannot be read as an image"):
-        metrics.open_reference(tmp_path, None, CPU)
+        metrics.open_reference(tmp_path, CPU)
 
 
 @pytest.mark.parametrize(
     "content, named",
     [
-        ({"arr_0": np.zeros((9, 8, 8, 3), np.float32)}, r"arr_0 is float32 \(9, 8, 8, 3\)"),
-        ({"arr_0": np.zeros((9, 3, 8, 8), np.uint8)}, r"arr_0 is uint8 \(9, 3, 8, 8\)"),
-        ({"arr_0": np.zeros((9, 8, 8, 1), np.uint8)}, r"arr_0 is uint8 \(9, 8, 8, 1\)"),
-        ({"mu": np.zeros(768), "sigma": np.eye(768)}, r"mu is \(768,\), must be \(2048,\)"),
-        ({"mu": np.zeros(2048)}, "neither images"),
+        ({"arr_0": np.zeros((9, 8, 8, 3), np.float32)}, r"holds .*float32', \(9, 8, 8, 3\)"),
+        ({"arr_0": np.zeros((9, 3, 8, 8), np.uint8)}, r"holds .*uint8', \(9, 3, 8, 8\)"),
+        ({"arr_0": np.zeros((9, 8, 8, 1), np.uint8)}, r"holds .*uint8', \(9, 8, 8, 1\)"),
+        ({"mu": np.zeros(768), "sigma": np.eye(768)}, r"\(768,\).* it needs .* mu \(2048,\)"),
+        ({"mu": np.zeros(2048)}, "it needs arr_0"),
+        ({"x": np.zeros(2)}, "holds {}; it needs arr_0"),
         ({"arr_0": np.array([{}], dtype=object)}, "no readable .npz"),
     ],
 )
@@ -209,21 +191,17 @@ def test_a_damaged_npz_is_named(tmp_path):
             metrics.read_npz(path)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (Path.touch, (Path("executed"),))
+def test_inception_weights_are_not_unpickled(monkeypatch):
+    """torch-fidelity itself unpickles its download; within load_inception torch.load cannot."""
+    fidelity = types.ModuleType("torch_fidelity")
+    seen = []
 
+    def extractor(*given):
+        seen.append(os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"])
+        return torch.nn.Identity()
 
-def test_inception_weights_are_not_unpickled(tmp_path, monkeypatch):
-    """torch-fidelity itself unpickles its file; within load_inception it cannot."""
-    pytest.importorskip("torch_fidelity")
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weight": Bomb()}, "bomb.pth")
-    torch.save({"fc.weight": torch.zeros(2)}, "other.pth")
-    Path("text.pth").write_text("no weights")
-    for name in ("bomb", "other", "text"):
-        with pytest.raises(ValueError, match=f"{name}.pth is no file of its tensors"):
-            frechet.load_inception(f"{name}.pth", CPU)
-    assert not Path("executed").exists()
-    with pytest.raises(OSError):
-        frechet.load_inception("nothing.pth", CPU)
+    fidelity.FeatureExtractorInceptionV3 = extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", fidelity)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    frechet.load_inception(CPU)
+    assert seen == ["1"] and os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "0"

@@ -14,8 +14,8 @@ def test_smoke_on_a_cpu(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     smoke.main(["--device", "cpu", "--preset", "gm-repa-2nfe"])
     text = capsys.readouterr().out
-    assert text.startswith("No GPU: this is the tiny network on cpu, not XL/2.")
-    assert "network tiny, gmflow 16, nfe 1, micro-batch 16, torch.compile off" in text
+    first = "1 x cpu: network tiny, gmflow 16, nfe 1, micro-batch 16, torch.compile off"
+    assert text.startswith(first)
     values = {line[:19].strip(): line[19:].split() for line in text.splitlines()}
     assert float(values["micro-batch"][0]) > 0 and float(values["optimizer step"][0]) > 0
     assert "tiny-2nfe" in values and "gm-repa-1nfe" not in values  # another network
