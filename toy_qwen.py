@@ -57,7 +57,6 @@ class Settings(ToySettings):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("height", "width"):
             if getattr(self, name) % 16:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be a multiple of 16")
@@ -72,7 +71,7 @@ PRESETS = {
     True: Settings(
         tiny=True, prompt="a dark coat", guidance=GUIDANCE, height=SIDE, width=SIDE,
         cloning=1500, iterations=150, lr=3e-4, num_intermediates=4, total_substeps=24,
-        solver="deis", time_weight=1.0, stratified=True, batch_teacher=True,
+        solver="deis", time_weight=1.0, stratified=True,
     ),
 }  # fmt: skip
 
