@@ -247,33 +247,13 @@ def psnr_db(a: Tensor, b: Tensor) -> float:
     return 20 * math.log10(2 / max(endpoint_rmse(a.clamp(-1, 1), b.clamp(-1, 1)), 1e-9))
 
 
-def compare(
-    states: Tensor, reference: Tensor, decode: Decode, shift: float = 1.0
-) -> dict[str, Any]:
-    """Two trajectories (INTERVALS + 1, B, C, *) -> what metrics.json says about their distance.
-
-    Raises: ValueError if a number is not finite.
-    """
-    error = [endpoint_rmse(a, b) for a, b in zip(states, reference, strict=True)]
-    images = decode(states[-1]), decode(reference[-1])
-    for name, image in zip(("policy", "teacher"), images, strict=True):
-        if not image.isfinite().all():
-            raise ValueError(f"the decoded image of the {name} is not finite")
-    return {
-        "endpoint_psnr_db": psnr_db(*images),
-        "endpoint_rmse": error[-1],
-        "trajectory_rmse": error,
-        "t": shift_time(torch.linspace(1, 0, len(states)), shift).tolist(),
-    }
-
-
 # ---- One run, and the sweep ----------------------------------------------------------------------
 
 
 class Run(NamedTuple):
     """What one fit leaves."""
 
-    metrics: dict[str, Any]  # of `compare`, seconds, settings
+    metrics: dict[str, Any]  # as metrics.json states them
     policy: Policy
     states: Tensor  # (INTERVALS + 1, B, C, *), of the policy
     losses: Tensor  # (iterations,)
@@ -283,7 +263,10 @@ class Run(NamedTuple):
 def run_fit(
     teacher: Teacher, reference: Tensor, decode: Decode, settings: ToySettings, shift: float = 1.0
 ) -> Run:
-    """One fit, measured against the teacher's trajectory (INTERVALS + 1, B, C, *)."""
+    """One fit, measured against the teacher's trajectory (INTERVALS + 1, B, C, *).
+
+    Raises: ValueError if a decoded image is not finite.
+    """
     x_src = reference[0]
     generator = torch.Generator().manual_seed(settings.seed + 1)  # `seed` itself gave the noise
     with torch.no_grad():
@@ -295,8 +278,19 @@ def run_fit(
     policy = static().detach()
     options = settings.rollout
     states = policy_trajectory(policy, shift, options["total_substeps"], options["solver"])
-    metrics = compare(states, reference, decode, shift) | {"seconds": seconds}
-    metrics["settings"] = describe(settings, shift)
+    image = decode(states[-1])
+    target = decode(reference[-1])
+    if not (image.isfinite().all() and target.isfinite().all()):
+        raise ValueError("the decoded image of the policy or of the teacher is not finite")
+    error = [endpoint_rmse(a, b) for a, b in zip(states, reference, strict=True)]
+    metrics = {
+        "endpoint_psnr_db": psnr_db(image, target),
+        "endpoint_rmse": error[-1],
+        "trajectory_rmse": error,
+        "t": shift_time(torch.linspace(1, 0, len(states)), shift).tolist(),
+        "seconds": seconds,
+        "settings": dataclasses.asdict(settings) | {"out": str(settings.out), "shift": shift},
+    }
     return Run(metrics, policy, states, losses, static.state_dict())
 
 
@@ -317,8 +311,7 @@ def run_toy(
     reference = teacher_trajectory(teacher, x_src, settings.teacher_steps, shift)
     if settings.sweep:
         runs = run_sweep(teacher, reference, decode, settings, shift)
-        metrics = about | {"runs": runs, "settings": describe(settings, shift)}
-        write_json(settings.out / "sweep.json", metrics)
+        write_json(settings.out / "sweep.json", about | {"runs": runs})
         steps = settings.cloning + settings.iterations
         figure = plots.policy_sizes(runs, f"{plots.plain(name)}, {steps} iterations a run")
         plots.save_figure(figure, settings.out / "sweep.png")
@@ -342,16 +335,10 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
     """One fit per K (gmflow) and per N (dx), same noise -> a row of metrics for each."""
     rows = []
-    for policy, size in [(policy, size) for policy, sizes in SIZES.items() for size in sizes]:
-        one = dataclasses.replace(settings, policy=policy, components=size, sweep=False)
-        metrics = run_fit(teacher, reference, decode, one, shift).metrics
-        kept = {key: metrics[key] for key in ("endpoint_psnr_db", "endpoint_rmse", "seconds")}
-        rows.append({"policy": policy, "size": size, **kept})
-        print(f"{policy:6s} {size:3d}  {kept['endpoint_psnr_db']:5.1f} dB", flush=True)
+    for policy, sizes in SIZES.items():
+        for size in sizes:
+            one = dataclasses.replace(settings, policy=policy, components=size)
+            metrics = run_fit(teacher, reference, decode, one, shift).metrics
+            rows.append({"policy": policy, "size": size} | metrics)
+            print(f"{policy:6s} {size:3d}  {metrics['endpoint_psnr_db']:5.1f} dB", flush=True)
     return rows
-
-
-def describe(settings: ToySettings, shift: float) -> dict[str, Any]:
-    """The settings as metrics.json keeps them."""
-    values = dataclasses.asdict(settings) | {"shift": shift}
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
