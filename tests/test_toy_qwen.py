@@ -16,12 +16,12 @@ pytest.importorskip("transformers", reason="needs requirements-extra.txt (transf
 
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from t2i_cases import tiny_pipeline  # noqa: E402
 
 import text_to_image.families as dm  # noqa: E402
 import toy_qwen  # noqa: E402
 from common.cli import parse  # noqa: E402
 from text_to_image import loading  # noqa: E402
-from text_to_image.tiny import tiny_pipeline  # noqa: E402
 from toy_qwen import (  # noqa: E402
     PRESETS,
     QWEN,

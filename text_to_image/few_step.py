@@ -4,11 +4,9 @@ With an adapter, one network evaluation gives a policy; `piflow_minimal.sample` 
 from noise to the picture.
 """
 
-import contextlib
-import itertools
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +17,9 @@ from tqdm import tqdm
 
 import text_to_image.families as dm
 from common.images import read_image
-from piflow_minimal import Policy, flow_map_schedule, sample
+from piflow_minimal import Policy, sample, x0_from_velocity
 from text_to_image.adapters import PolicySpec, Sampling
 from text_to_image.prompts import MAX_TOKENS, cut_off
-
-TOTAL_SUBSTEPS = 128  # of the published adapters
 
 
 class Result(NamedTuple):
@@ -40,24 +36,25 @@ class FewStep:
     """A base pipeline with an adapter: call it with prompts.
 
     Args: nfe: evaluations of its training; elastic: more of them make sense; trained: what its file
-        states of the training; h, shift: of the sampler, where a call does not give them.
+        states of the training, in place of what all published adapters have in common.
+    Attributes: h, shift: of the sampler, where a call does not give them.
     """
 
     def __init__(
         self, pipe: Any, family: dm.Family, policy: PolicySpec, nfe: int = 4, elastic: bool = False,
-        trained: Sampling | None = None, h: float = 0.0, shift: float | None = None,
+        trained: Sampling | None = None,
     ):  # fmt: skip
         self.pipe = pipe
         self.family = family
         self.policy = policy
         self.elastic = elastic
-        self.h = h
         embedded = family.embedded_guidance(pipe.transformer)
-        published = (dm.SHIFT, dm.FINAL_STEP_SIZE_SCALE, TOTAL_SUBSTEPS, "euler")
+        published = (dm.SHIFT, dm.FINAL_STEP_SIZE_SCALE, 128, "euler")
         self.trained = trained or Sampling(family.name, nfe, embedded, *published)
         self.nfe = self.trained.nfe
         self.guidance = None if embedded is None else self.trained.guidance
-        self.shift = shift or self.trained.shift
+        self.h = 0.0
+        self.shift = self.trained.shift
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +63,7 @@ class FewStep:
 
     def student(self, conditions: dm.Conditions, guidance: float | None = None) -> Callable:
         """The callable (x (B, C, H, W), t (B,)) -> policy that `piflow_minimal.sample` takes."""
-        if guidance is None or self.guidance is None:
-            guidance = self.guidance
+        guidance = self.guidance if guidance is None else guidance
 
         def evaluate(x: Tensor, t: Tensor) -> Policy:
             output = self.family.evaluate(self.pipe.transformer, x, t, conditions, guidance)
@@ -80,50 +76,37 @@ class FewStep:
         self, noise: Tensor, conditions: dm.Conditions, nfe: int | None = None,
         guidance: float | None = None, temperature: float | None = None,
         total_substeps: int | None = None, solver: str | None = None, h: float | None = None,
-        shift: float | None = None, generator: Any = None, callback: Callable | None = None,
-        watch: Callable | None = None,
+        shift: float | None = None, generator: Any = None, watch: Callable | None = None,
     ) -> Tensor:  # fmt: skip
         """Latents x_0 from noise (B, C, H, W).
 
         Args:
-            nfe, guidance, total_substeps, solver, shift: as in the training if not given.
+            nfe, guidance, total_substeps, solver: as in the training if not given.
             temperature: of a GMFlow policy on every step but the last, > 0; min(0.1 (nfe - 1), 1)
                 if not given. Above 1 it has no effect, as in the published sampler.
             h: stochasticity of the sampler, 0 (deterministic) to infinity. generator: its noise.
-            callback: callback(step, t, latents) after each step; t is the noise level reached.
-            watch: watch(x_0) with what each evaluation expects, (B, C, H, W).
+            shift: of the times. watch: called at each evaluation with its state x (B, C, H, W), its
+                noise level t (B,), and the x_0 that it expects.
         """
+        trained = self.trained
         nfe = nfe or self.nfe
-        shift = shift or self.shift
-        h = self.h if h is None else h
         if temperature is None:
             temperature = 0.1 * max(nfe - 1, 1)  # the last step has none anyhow
         if self.policy.kind == "DX":
             temperature = 1.0
         student = self.student(conditions, guidance)
-        final_step = self.trained.final_step_size_scale
-        levels = []
-        if callback is not None:
-            levels = flow_map_schedule(nfe, shift, final_step, h).t_to.tolist()
-        steps = itertools.count()
 
         def watched(x: Tensor, t: Tensor) -> Policy:
-            step = next(steps)
-            if callback is not None and step > 0:
-                callback(step - 1, levels[step - 1], x)
             policy = student(x, t)
             if watch is not None:
-                watch(x - t.view(-1, 1, 1, 1) * policy.velocity(x, t))
+                watch(x, t, x0_from_velocity(x, t, policy.velocity(x, t)))
             return policy
 
-        x = sample(
-            watched, noise, nfe, shift, final_step, h, min(temperature, 1.0),
-            total_substeps or self.trained.total_substeps, generator,
-            solver or self.trained.solver,
+        return sample(
+            watched, noise, nfe, shift or self.shift, trained.final_step_size_scale,
+            self.h if h is None else h, min(temperature, 1.0),
+            total_substeps or trained.total_substeps, generator, solver or trained.solver,
         )  # fmt: skip
-        if callback is not None:
-            callback(nfe - 1, 0.0, x)
-        return x
 
     @torch.no_grad()
     def __call__(
@@ -131,14 +114,15 @@ class FewStep:
         height: int | None = None, width: int | None = None, seed: int = 0, batch: int = 1,
         references: Sequence[Any] = (), output: str = "pil", latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None, prompt_embeds_mask: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None, nfe: int | None = None,
-        guidance: float | None = None, temperature: float | None = None, **options: Any,
+        pooled_prompt_embeds: Tensor | None = None, callback: Callable | None = None,
+        nfe: int | None = None, guidance: float | None = None, temperature: float | None = None,
+        **options: Any,
     ) -> Result:  # fmt: skip
         """Draws len(prompts) * images_per_prompt pictures.
 
         Args:
-            height, width: multiples of 16, else the next smaller ones are used; by default those of
-                the latents, of the first reference image, or the model's (1024; --tiny less).
+            height, width: multiples of 16; by default those of the first reference image, or the
+                model's (1024; --tiny less).
             seed: picture i starts from noise that depends on seed + i alone, so it is the same in
                 every batch, and on every device up to rounding.
             batch: pictures per network evaluation.
@@ -148,68 +132,61 @@ class FewStep:
                 pipelines of diffusers take it: (B, S, 4 C), FLUX.2 (B, 4 C, H/2, W/2).
             prompt_embeds, prompt_embeds_mask (Qwen-Image), pooled_prompt_embeds (FLUX.1): what the
                 pipeline's `encode_prompt` gives, in place of prompts.
-            nfe, guidance, temperature, total_substeps, solver, h, shift, callback: see `sample`.
-        Raises: ValueError, one line: a prompt is empty, references or a temperature that the model
-            has no use for, or a part of it gives values that are not finite.
-        Warns: if the size is changed, a prompt is cut, or settings are not those of the training.
+            callback: called after each step with (step, noise level reached, latents).
+            nfe, guidance, temperature, total_substeps, solver, h, shift: see `sample`.
+        Raises: ValueError, one line: an option that the model has no use for, a size that it does
+            not have, or a part of it that gives values that are not finite.
+        Warns: if a prompt is cut, or guidance or nfe are not those of the training.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if prompt_embeds is None and not (prompts and all(text.strip() for text in prompts)):
-            raise ValueError("prompt: at least one is needed, and none may be empty")
-        if temperature is not None and self.policy.kind == "DX":
-            raise ValueError("temperature: a DX policy has none; leave it out")
-        if references and not self.family.edits:
-            raise ValueError(f"references: only FLUX.2 edits images, not {self.family.name}")
+        self._check_options(nfe, guidance, temperature, references)
         references = [read_reference(image) for image in references]
-        height, width = self._size(height, width, references, latents)
-        shape = 1, *dm.latent_shape(self.pipe, height, width)
-        nfe = nfe or self.nfe
-        self._warn_if_unusual(nfe, guidance)
-
-        if prompt_embeds is None:
-            conditions = self._encode(prompts)
-        else:
-            conditions = dm.Conditions(prompt_embeds, prompt_embeds_mask, pooled_prompt_embeds)
-            conditions = conditions.to(self.device, self.pipe.transformer.dtype)
-        rows = len(conditions.embeds)
-        count = rows * images_per_prompt
+        shape = self._latent_shape(height, width, references)
         if latents is not None:
             latents = self._unpack(latents, shape)
-            if len(latents) != count:
-                raise ValueError(f"latents: {len(latents)} of them for {count} pictures")
+            shape = latents.shape[1:]
+        if prompt_embeds is None:
+            conditions = self._encode([prompts] if isinstance(prompts, str) else prompts)
+        else:
+            conditions = dm.Conditions(prompt_embeds, prompt_embeds_mask, pooled_prompt_embeds)
+        rows = len(conditions.embeds)
         if references:
             tokens, ids = self.family.encode_references(self.pipe, references, rows)
-            check_finite("VAE, of the reference images,", tokens)
             conditions = conditions._replace(references=tokens, reference_ids=ids)
+
+        count = rows * images_per_prompt
         starts = range(0, count, batch)
-        finals, estimates = [], []
+        finals, times, estimates = [], [], []
+        nfe = nfe or self.nfe
         with tqdm(total=nfe * len(starts), desc="network evaluations") as progress:
 
-            def watch(x_0: Tensor) -> None:
+            def watch(x: Tensor, t: Tensor, x_0: Tensor) -> None:
+                step = len(times) % nfe
+                times.append(t[0].item())
                 estimates.append(x_0.cpu())
                 progress.update()
+                if callback is not None and step > 0:
+                    callback(step - 1, times[-1], x)
 
             for start in starts:
                 places = range(start, min(start + batch, count))
                 generators = [torch.Generator().manual_seed(seed + i) for i in places]
-                noise = torch.cat([self.family.draw_noise(shape, g) for g in generators])
+                noise = torch.cat([self.family.draw_noise((1, *shape), g) for g in generators])
                 if latents is not None:
                     noise = latents[places.start : places.stop].float()
                 condition = conditions.rows([i // images_per_prompt for i in places])
                 finals.append(self.sample(
-                    noise.to(self.device), condition,
-                    nfe, guidance, temperature, generator=generators, watch=watch, **options,
+                    noise.to(self.device), condition, nfe, guidance, temperature,
+                    generator=generators, watch=watch, **options,
                 ))  # fmt: skip
+                if callback is not None:
+                    callback(nfe - 1, 0.0, finals[-1])
         x = torch.cat(finals)
         check_finite("transformer", x)
         # after all samples: with offloading, VAE and transformer change places only once
         images = self.decode(x) if output == "pil" else []
         self.pipe.maybe_free_model_hooks()
-        seeds = [seed + i for i in range(count)]
         estimates = [torch.cat(estimates[i::nfe]) for i in range(nfe)]
-        shift = options.get("shift") or self.shift
-        times = flow_map_schedule(nfe, shift, self.trained.final_step_size_scale).t_src.tolist()
-        return Result(images, x.cpu(), seeds, times, estimates)
+        return Result(images, x.cpu(), [seed + i for i in range(count)], times[:nfe], estimates)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Any]:
@@ -228,46 +205,44 @@ class FewStep:
         check_finite("text encoder", conditions.embeds)
         return conditions
 
-    def _unpack(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Latents as they are, or packed as in diffusers, -> (B, C, H, W) of shape (1, C, H, W)."""
+    def _unpack(self, latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Latents as they are, or packed as in diffusers, -> (B, C, H, W)."""
         if latents.ndim == 3:
             return dm.unpack(latents, torch.empty(shape))
-        if latents.shape[1] == shape[1] * dm.PATCH**2:
+        if latents.shape[1] == shape[0] * dm.PATCH**2:
             return F.pixel_shuffle(latents, dm.PATCH)
         return latents
 
-    def _size(
-        self, height: int | None, width: int | None, references: list, latents: Tensor | None
-    ) -> tuple[int, int]:
-        """(height, width) of the pictures in pixels."""
-        scale, step = self.pipe.vae_scale_factor, dm.size_step(self.pipe)
-        own = (self.pipe.default_sample_size * scale,) * 2
+    def _latent_shape(
+        self, height: int | None, width: int | None, references: Sequence[Any]
+    ) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of pictures of this size."""
+        step = dm.size_step(self.pipe)
+        own = [self.pipe.default_sample_size * self.pipe.vae_scale_factor] * 2
         if references:
             own = dm.reference_size(self.pipe, references[0])
-        if latents is not None and latents.ndim == 4:
-            scale *= dm.PATCH if latents.shape[1] == self.pipe.transformer.config.in_channels else 1
-            own = latents.shape[2] * scale, latents.shape[3] * scale
         sides = height or own[0], width or own[1]
-        used = sides[0] // step * step, sides[1] // step * step
-        if min(used) < step:
-            raise ValueError(f"height {sides[0]}, width {sides[1]}: must be at least {step}")
-        if used != sides:
-            given = f"height {sides[0]}, width {sides[1]}: must be multiples of {step}"
-            warnings.warn(f"{given}; {used[0]} x {used[1]} is used", stacklevel=4)
-        return used
+        if any(side % step for side in sides):
+            raise ValueError(f"height {sides[0]}, width {sides[1]}: must be multiples of {step}")
+        return dm.latent_shape(self.pipe, *sides)
 
-    def _warn_if_unusual(self, nfe: int, guidance: float | None) -> None:
-        notes = []
-        if guidance is not None and self.guidance is None:
-            notes.append(f"guidance {guidance} is not used: this base has no guidance embedding")
-        elif guidance not in (None, self.guidance):
+    def _check_options(
+        self, nfe: int | None, guidance: float | None, temperature: float | None, references: Any
+    ) -> None:
+        """Refuses what the model has no use for, and warns of what it was not trained for."""
+        useless = {
+            "temperature": temperature is not None and self.policy.kind == "DX",
+            "guidance": guidance is not None and self.guidance is None,
+            "references": references and not self.family.edits,
+        }
+        if any(useless.values()):
+            names = ", ".join(name for name, is_given in useless.items() if is_given)
+            raise ValueError(f"{names}: has no meaning for this model; leave it out")
+        if guidance not in (None, self.guidance):
             trained = f"the adapter was distilled at {self.guidance}"
-            notes.append(f"guidance {guidance}: {trained}; other values can give noise")
-        if nfe != self.nfe and not (self.elastic and nfe > self.nfe):
-            others = "or more" if self.elastic else "and no other number"
-            notes.append(f"nfe {nfe}: the adapter was trained for {self.nfe} {others}")
-        for note in notes:
-            warnings.warn(note, stacklevel=4)
+            warnings.warn(f"guidance {guidance}: {trained}; others can give noise", stacklevel=3)
+        if nfe not in (None, self.nfe) and not (self.elastic and nfe > self.nfe):
+            warnings.warn(f"nfe {nfe}: the adapter was trained for {self.nfe}", stacklevel=3)
 
 
 def read_reference(image: Any) -> Any:
@@ -283,15 +258,3 @@ def check_finite(part: str, values: Tensor) -> None:
     """Raises: ValueError that names the part of the model whose output is not finite."""
     if not values.isfinite().all():
         raise ValueError(f"the {part} gives values that are not finite (weights? dtype?)")
-
-
-@contextlib.contextmanager
-def memory_advice() -> Iterator[None]:
-    """A lack of GPU memory in the block becomes a ValueError that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            "the GPU ran out of memory: try --batch 1, a smaller --height and --width, --offload "
-            "model or group, or --quantize int8 or nf4"
-        ) from error

@@ -35,7 +35,6 @@ import text_to_image.loading as loading
 from common.cli import (
     DEVICE_HELP,
     MAX_SEED,
-    compiled_policies,
     keep_freed_memory,
     parse,
     pick_device,
@@ -51,10 +50,10 @@ from text_to_image.adapters import (
     read_adapter,
     read_style,
 )
-from text_to_image.few_step import FewStep, Result, memory_advice, read_reference
+from text_to_image.few_step import FewStep, Result, read_reference
 from text_to_image.page import open_page
 from text_to_image.prompts import KNOWN, read_prompt_file
-from text_to_image.tiny import ADAPTERS, demo_pipeline, tiny_adapter
+from text_to_image.tiny import ADAPTERS, demo_pipeline
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ MODELS = {
 
 def load(
     model: str = "gm-qwen", adapter: str | None = None, base: str | None = None,
-    policy: dict | None = None, adapter_scale: float = 1.0, loras: Iterable[tuple[str, float]] = (),
-    device: str = "auto", dtype: torch.dtype | None = None, quantize: str = "none",
-    offload: str = "none", tiny: bool = False, pixels: int = 1024 * 1024, batch: int = 1,
-    h: float = 0.0, shift: float | None = None,
+    policy: dict | None = None, loras: Iterable[tuple[str, float]] = (), device: str = "auto",
+    dtype: torch.dtype = torch.bfloat16, quantize: str = "none", offload: str = "none",
+    tiny: bool = False, pixels: int = 1024 * 1024, batch: int = 1, h: float = 0.0,
+    shift: float | None = None,
 ) -> FewStep:  # fmt: skip
     """A base model with an adapter, ready to be called.
 
@@ -101,11 +100,10 @@ def load(
         model: a name from `MODELS`; it settles what is not given.
         adapter, base: folder or Hub name, in place of the published adapter or base pipeline.
         policy: settings that replace those in the adapter's file: type, segment_size, shift, mode.
-        adapter_scale: strength of the adapter's LoRA; head and norm are always replaced.
         loras: (file, folder or Hub name, strength) of style LoRAs for the base model.
-        dtype: of the networks; bfloat16 if not given (float32 with `tiny`).
+        dtype: of the networks.
         quantize, offload: see `QUANTIZE_HELP` and `OFFLOADS` in loading.py.
-        tiny: small models in place of the real ones, see `demo_pipeline`; `adapter` may be given.
+        tiny: a small base in float32, see tiny.py, in place of `base`, `dtype` and `quantize`.
         pixels, batch: of the pictures to come, for the memory estimate.
         h, shift: of the sampler, where a call does not give them; shift: as trained if not given.
     Raises: ValueError, OSError, ImportError: one line.
@@ -113,20 +111,15 @@ def load(
     """
     device, card, loras = pick_device(device), MODELS[model], list(loras)
     family = dm.FAMILIES[card.family]
-    dtype = dtype or (torch.float32 if tiny else torch.bfloat16)
-    if offload != "none" and device.type == "cpu":
-        raise ValueError(f"offload {offload!r} needs a GPU; on a CPU use none")
-    if tiny and (base or quantize != "none"):
-        raise ValueError("tiny: builds its own base, unquantised; leave out base and quantize")
     pipeline = loading.pipeline_class(family)
     dm.require_package("peft", "an adapter's LoRA")
     where = adapter or (ADAPTERS.get(model) if tiny else f"{card.repo}/{card.subfolder}")
-    found = read_adapter(str(where)) if where else None
+    if where is None:
+        raise ValueError(f"tiny: no small adapter of {model} ships; give one of distill.py")
+    found = read_adapter(str(where))
     if tiny:
         pipe = demo_pipeline(family)
-        pipe = pipe if dtype == torch.float32 else pipe.to(dtype)
         modules = {k: part for k, part in pipe.components.items() if isinstance(part, nn.Module)}
-        found = found or tiny_adapter(pipe.transformer, card.policy is None, card.policy)
     else:
         modules = loading.empty_components(family, base)
     # all that can be checked is, before tens of GB are loaded
@@ -136,36 +129,30 @@ def load(
     if not tiny:
         sizes = loading.component_sizes(family, modules, base, quantize)
         weights = loading.weights_on_gpu(sizes, offload)
-        weights += sum(2 * tensor.numel() for tensor in found.tensors.values())
         need = loading.memory_needed(weights, family, pixels, batch)
-        parts = ", ".join(f"{name} {total / loading.GB:.1f}" for name, (total, _) in sizes.items())
         helps = "--offload model or group, --quantize int8 or nf4, or --batch 1"
-        print(loading.check_memory(need, device, f"weights (GB: {parts}) and work", helps))
+        print(loading.check_memory(need, device, "weights and work", helps))
         pipe = loading.load_base(family, base, dtype, quantize)
     pipe.set_progress_bar_config(disable=True)
-    strengths = {}
     with warnings.catch_warnings():  # several LoRAs are what we want
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for (where, strength), style in zip(loras, styles, strict=True):
-            name = f"style{len(strengths)}"
-            with dm.naming(f"LoRA {where}"):
-                pipe.load_lora_weights(**style, adapter_name=name)
-            strengths[name] = strength
-        apply_adapter(pipe.transformer, found, adapter_scale)
-    if strengths:
+        for i, style in enumerate(styles):
+            with dm.naming(f"LoRA {loras[i][0]}"):
+                pipe.load_lora_weights(**style, adapter_name=f"style{i}")
+        apply_adapter(pipe.transformer, found)
+    if styles:
+        strengths = {f"style{i}": strength for i, (_, strength) in enumerate(loras)}
         if LORA_NAME in pipe.transformer.peft_config:
-            strengths[LORA_NAME] = adapter_scale
+            strengths[LORA_NAME] = 1.0
         pipe.set_adapters(list(strengths), list(strengths.values()))
-    with memory_advice():
-        loading.place(pipe, device, offload)
-    generate = FewStep(pipe, family, spec, card.nfe, card.elastic, found.sampling, h, shift)
+    loading.place(pipe, device, offload)
+    generate = FewStep(pipe, family, spec, card.nfe, card.elastic, found.sampling)
+    generate.h = h
+    generate.shift = shift or generate.shift
     if adapter and found.sampling is None:
-        guidance = "no guidance" if generate.guidance is None else f"guidance {generate.guidance}"
-        known = f"{generate.nfe} evaluations, {guidance}"
+        known = f"{generate.nfe} evaluations, guidance {generate.guidance or 'none'}"
         given = f"adapter {adapter} does not state what it was trained at"
         warnings.warn(f"{given}; it is used as {model}: {known}", stacklevel=2)
-    if family.embeds_guidance and generate.guidance is None:
-        warnings.warn("this base has no guidance embedding: guidance is not used", stacklevel=2)
     return generate
 
 
@@ -180,7 +167,6 @@ class LoadSettings:
     adapter: str | None = setting(
         None, "folder or Hub name user/repo[/folder]; the published one", path=True
     )
-    adapter_scale: float = setting(1.0, "strength of the adapter's LoRA", low=-10, high=10)
     policy: str | None = setting(None, "JSON that replaces policy settings in the adapter's file")
     lora: tuple[str, ...] = setting(
         (), "style LoRAs, a file, folder or Hub name each", metavar="WHERE[=STRENGTH]"
@@ -192,7 +178,7 @@ class LoadSettings:
     offload: str = setting("none", loading.offload_help(loading.OFFLOADS), choices=loading.OFFLOADS)
     device: str = setting("auto", DEVICE_HELP)
     tiny: bool = setting(
-        False, "offline: a small model of clothes (qwen), or small random models (flux)"
+        False, "offline: a small model of clothes (flux: a random one); no --base, --quantize"
     )
     height: int | None = setting(
         None, "multiple of 16; that of the first reference, or 1024", low=16, high=8192
@@ -230,7 +216,6 @@ class Settings(LoadSettings):
     prompt_file: Path | None = setting(None, f"prompts: {KNOWN}")
     images: int = setting(1, "pictures per prompt", low=1, high=10_000)
     reference: tuple[Path, ...] = setting((), "images to edit (FLUX.2)")
-    compile: bool = setting(False, "torch.compile of the policy")
     out: Path = setting(Path("outputs/text_to_image"), "folder for the pictures")
     ui: bool = setting(False, "a page in the browser in place of files")
     host: str = setting("127.0.0.1", "address of the page; 0.0.0.0 lets other machines in")
@@ -243,7 +228,7 @@ def read_prompts(settings: Settings) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompt_file is not None:
         prompts += [prompt for prompt, _ in read_prompt_file(settings.prompt_file)]
-    if not all(prompt.strip() for prompt in prompts) or not (prompts or settings.ui):
+    if not all(prompt.strip() for prompt in prompts) or not prompts:
         raise ValueError("--prompt: at least one is needed, and none may be empty")
     return prompts
 
@@ -258,12 +243,8 @@ def load_from(settings: LoadSettings) -> FewStep:
         where, _, strength = text.rpartition("=")
         with dm.naming(f"--lora {text}: {strength!r} is not a strength"):
             loras.append((os.path.expanduser(where or text), float(strength) if where else 1.0))
-        if "/" not in loras[-1][0] and not Path(loras[-1][0]).exists():
-            raise OSError(
-                f"--lora {text}: neither a file, a folder nor a Hub name (user/repo[/file])"
-            )
     return load(
-        s.model, s.adapter, s.base, policy, s.adapter_scale, loras, s.device, quantize=s.quantize,
+        s.model, s.adapter, s.base, policy, loras, s.device, quantize=s.quantize,
         offload=s.offload, tiny=s.tiny, pixels=(s.height or 1024) * (s.width or 1024),
         batch=s.batch, h=s.h, shift=s.shift,
     )  # fmt: skip
@@ -273,14 +254,19 @@ def draw(
     generate: FewStep, settings: LoadSettings, prompts: Sequence[str], images: int = 1,
     references: Sequence[Any] = (),
 ) -> Result:  # fmt: skip
-    """One call with the flags of the command line."""
+    """One call with the flags of the command line. Raises: ValueError for too little memory."""
     s = settings
-    with memory_advice():
+    try:
         return generate(
             prompts, images, s.height, s.width, s.seed, s.batch, references, nfe=s.nfe,
             guidance=s.guidance, temperature=s.temperature, total_substeps=s.total_substeps,
             solver=s.solver,
         )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the GPU ran out of memory: try --batch 1, a smaller --height and --width, --offload "
+            "model or group, or --quantize int8 or nf4"
+        ) from error
 
 
 def write(result: Result, out: Path, about: dict[str, Any]) -> Path:
@@ -298,18 +284,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command: draws pictures into a folder, or opens the page."""
     keep_freed_memory()
     settings = parse(Settings, __doc__, argv)
-    prompts = read_prompts(settings)
     if settings.ui:
-        editing = {name: dm.FAMILIES[card.family].edits for name, card in MODELS.items()}
-        return open_page(settings, editing, load_from, draw)
-    nearest = next(path for path in (settings.out, *settings.out.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"--out {settings.out}: {nearest} is not a folder, or is read-only")
+        dm.require_package("gradio", "--ui")
+        return open_page(settings, load_from(settings), draw)
+    prompts = read_prompts(settings)
     references = [read_reference(path) for path in settings.reference]
+    settings.out.mkdir(parents=True, exist_ok=True)
     generate = load_from(settings)
     start = time.perf_counter()
-    with compiled_policies(settings.compile):
-        result = draw(generate, settings, prompts, settings.images, references)
+    result = draw(generate, settings, prompts, settings.images, references)
     seconds = (time.perf_counter() - start) / len(result.images)
     about = dataclasses.asdict(settings) | {"prompt": prompts, "nfe": len(result.times)}
     about |= {"seeds": result.seeds, "size": result.images[0].size, "seconds_per_image": seconds}

@@ -16,6 +16,7 @@ from t2i_cases import (
     Recorded,
     close,
     few_step,
+    load_random,
     transformer,
 )
 
@@ -25,15 +26,6 @@ from text_to_image.adapters import (
     policy_of,
     read_adapter,
 )
-from text_to_image.generate import load
-from text_to_image.tiny import tiny_pipeline
-
-
-@pytest.fixture(autouse=True)
-def random_base(monkeypatch):
-    """These tests are about the 24-wide random models, with text encoders."""
-    monkeypatch.setattr("text_to_image.generate.demo_pipeline", tiny_pipeline)
-    monkeypatch.setattr("text_to_image.generate.ADAPTERS", {})
 
 
 def check_direct(
@@ -259,7 +251,7 @@ def test_nothing_but_safetensors_is_read(edited, monkeypatch):
         read_adapter(str(folder))
     for where in (folder, folder / "style.PT", folder / "pytorch_lora_weights.bin", "u/r/a.bin"):
         with pytest.raises((OSError, ValueError), match=f"LoRA {where}"):
-            load("gm-qwen", tiny=True, device="cpu", loras=[(str(where), 1.0)])
+            load_random("gm-qwen", loras=[(str(where), 1.0)])
 
 
 # ---- Style LoRAs ---------------------------------------------------------------------------------
@@ -303,8 +295,9 @@ def test_a_style_lora_adds_its_product_whatever_its_names(kind, tmp_path):
     styles = [(str(tmp_path), 0.3)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="LoRA .*")  # all of it is used
-        styled = load(f"gm-{family}", tiny=True, device="cpu", loras=styles, adapter_scale=0.0)
+        styled = load_random(f"gm-{family}", loras=styles)
     layer, x = styled.pipe.transformer.get_submodule(LAYER), torch.randn(3, 24)
+    layer.set_scale("piflow", 0.0)  # without the adapter's own LoRA
     close(layer(x) - layer.base_layer(x), 0.3 * own * x @ DOWN.T @ UP[:24].T, 1e-4)
 
 
@@ -320,12 +313,13 @@ def test_a_style_lora_adds_its_product_whatever_its_names(kind, tmp_path):
 def test_the_strength_of_a_style_lora_is_also_that_of_its_text_encoder_part(tensors, tmp_path):
     save_file(tensors, tmp_path / "style.safetensors")
     styles = [(str(tmp_path / "style.safetensors"), 0.3)]
-    styled = load("gm-flux", tiny=True, device="cpu", loras=styles, adapter_scale=0.0)
+    styled = load_random("gm-flux", loras=styles)
     layers = [m for m in styled.pipe.text_encoder.modules() if hasattr(m, "base_layer")]
     x = torch.randn(3, 20)
     (delta,) = (layer(x) - layer.base_layer(x) for layer in layers)
     close(delta, 0.3 * x @ TEXT.T @ TEXT, 1e-4)
     layer, x = styled.pipe.transformer.get_submodule(LAYER), torch.randn(3, 24)
+    layer.set_scale("piflow", 0.0)  # without the adapter's own LoRA
     close(layer(x) - layer.base_layer(x), 0.3 * x @ DOWN.T @ UP[:24].T, 1e-4)
 
 
@@ -333,7 +327,7 @@ def test_two_styles_change_the_picture_as_changed_weights_do(tmp_path):
     for i, layer in enumerate((LAYER, "transformer_blocks.1.attn.to_k")):
         save_file(lora(f"transformer.{layer}"), tmp_path / f"{i}.safetensors")
     styles = [(str(tmp_path / "0.safetensors"), 0.3), (str(tmp_path / "1.safetensors"), -0.2)]
-    plain, styled = (load("gm-flux", tiny=True, device="cpu", loras=i) for i in ((), styles))
+    plain, styled = (load_random("gm-flux", loras=i) for i in ((), styles))
     before = plain("a jay", **SIZE, output="latent").latents
     after = styled("a jay", **SIZE, output="latent").latents
     assert not torch.allclose(before, after, atol=1e-2)
@@ -359,7 +353,7 @@ def test_layers_of_a_style_lora_that_are_not_used_are_said(tensors, parts, tmp_p
     save_file(lora(f"transformer.{LAYER}") | tensors, tmp_path / "style.safetensors")
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        load("gm-qwen", tiny=True, device="cpu", loras=[(str(tmp_path), 1.0)])
+        load_random("gm-qwen", loras=[(str(tmp_path), 1.0)])
     (message,) = (str(note.message) for note in notes)
     assert all(part in message for part in [f"LoRA {tmp_path}", *parts])
 
@@ -384,5 +378,5 @@ def test_a_style_lora_that_does_not_fit_is_refused_by_name(tensors, message, tmp
     path = tmp_path / "style.safetensors"
     path.write_bytes(b"half a file") if tensors is None else save_file(tensors, path)
     with pytest.raises(ValueError, match=f"LoRA .*style.safetensors: .*{message}") as error:
-        load("gm-qwen", tiny=True, device="cpu", loras=[(str(path), 1.0)])
+        load_random("gm-qwen", loras=[(str(path), 1.0)])
     assert "\n" not in str(error.value)

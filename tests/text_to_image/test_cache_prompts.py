@@ -13,12 +13,12 @@ pytest.importorskip("transformers", reason="needs requirements-extra.txt (transf
 
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from t2i_cases import tiny_pipeline  # noqa: E402
 
 import text_to_image.cache_prompts as cache_prompts  # noqa: E402
 import text_to_image.families as dm  # noqa: E402
 from common.train import Place  # noqa: E402
 from text_to_image.cache_prompts import PromptCache, Settings  # noqa: E402
-from text_to_image.tiny import tiny_pipeline  # noqa: E402
 
 CPU = torch.device("cpu")
 ONE = Place(0, 1, CPU)

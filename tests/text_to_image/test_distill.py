@@ -18,6 +18,7 @@ pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 
 import diffusers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+from t2i_cases import tiny_pipeline  # noqa: E402
 
 import text_to_image.distill as distill  # noqa: E402
 from common.cli import parse  # noqa: E402
@@ -42,7 +43,6 @@ from text_to_image.student import (  # noqa: E402
     make_student,
     make_teacher,
 )
-from text_to_image.tiny import tiny_pipeline  # noqa: E402
 
 DATA = Path(__file__).parent.parent / "data" / "t2i"
 PLACE = Place(0, 1, torch.device("cpu"))

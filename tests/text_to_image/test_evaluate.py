@@ -17,6 +17,8 @@ pytest.importorskip("diffusers", reason="needs requirements-extra.txt (diffusers
 transformers = pytest.importorskip("transformers", reason="needs requirements-extra.txt")
 pytest.importorskip("peft", reason="needs requirements-extra.txt (peft)")
 
+from t2i_cases import tiny_pipeline  # noqa: E402
+
 import text_to_image.cache_prompts as cache_prompts  # noqa: E402
 import text_to_image.evaluate as evaluation  # noqa: E402
 from common import fashion  # noqa: E402
@@ -26,7 +28,6 @@ from common.train import Place  # noqa: E402
 from text_to_image.evaluate import TINY_PROMPTS, Settings, evaluate, main, read_set  # noqa: E402
 from text_to_image.families import FAMILIES  # noqa: E402
 from text_to_image.generate import load  # noqa: E402
-from text_to_image.tiny import tiny_pipeline  # noqa: E402
 
 ONE = Place(0, 1, torch.device("cpu"))
 FOLDER = Path(evaluation.__file__).parent

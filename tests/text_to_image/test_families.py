@@ -13,12 +13,12 @@ from t2i_cases import (
     Recorded,
     close,
     diffusers,
+    tiny_pipeline,
     transformer,
 )
 
 import text_to_image.families as dm
 from text_to_image import loading
-from text_to_image.tiny import tiny_pipeline
 
 
 @pytest.mark.parametrize("case", CASES)

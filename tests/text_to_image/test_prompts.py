@@ -10,10 +10,12 @@ import torch
 pytest.importorskip("diffusers", reason="needs requirements-extra.txt (diffusers)")
 pytest.importorskip("transformers", reason="needs requirements-extra.txt (transformers)")
 
+from t2i_cases import tiny_pipeline  # noqa: E402
+
 import text_to_image.families as dm  # noqa: E402
 from text_to_image import cache_prompts, generate  # noqa: E402
 from text_to_image.prompts import cut_off, read_prompt_file, read_source  # noqa: E402
-from text_to_image.tiny import fashion_pipeline, tiny_pipeline  # noqa: E402
+from text_to_image.tiny import fashion_pipeline  # noqa: E402
 
 ODD = ["a coat\u2028on a chair", "a bag\x0bmade of felt", "a shirt\x85plain", "a boot\x1cred",
        "a hat\u2029blue", "a\x0cb"]  # fmt: skip
