@@ -3,11 +3,10 @@
     python -m text_to_image.evaluate --tiny                                # offline, on clothes
     python -m text_to_image.evaluate --prompts coco-10k --reference data/coco --batch 4
     torchrun --nproc-per-node 8 -m text_to_image.evaluate --prompts hpsv2 --hps
-    python -m text_to_image.evaluate --prompts prompts.txt --clip none
+    python -m text_to_image.evaluate --prompts prompts.txt --clip openai/clip-vit-large-patch14
 
---prompts is a text or JSONL file, a dataset on the Hub, or a name: hpsv2 is the benchmark of that
-metric (3,200 prompts), coco-10k the first 10,000 captions of a set of COCO 2014 validation images.
-One picture per prompt, picture i from seed + i, drawn with all settings as trained.
+One picture per prompt, picture i from seed + i, drawn with all settings as trained. --clip, --hps
+and --reference (FID) ask for a metric each.
 
 In --out: images/, drawn.json (settings, prompts and seeds) and metrics.json, written after each
 metric. The same command continues: pictures that are there are kept.
@@ -40,7 +39,7 @@ from text_to_image.prompts import KNOWN, read_source
 
 COCO = "sayakpaul/coco-30-val-2014"
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of the benchmark HPSv2
-TINY_PROMPTS = tuple(f"a photo of a {name}" for name in fashion.CLASSES)
+CLOTHES = [f"a photo of a {name}" for name in fashion.CLASSES]
 CHUNK = 64  # pictures between two writes
 
 
@@ -48,37 +47,35 @@ CHUNK = 64  # pictures between two writes
 class Settings(LoadSettings):
     """What is drawn and measured."""
 
-    prompts: str | None = setting(
-        None, f"{KNOWN}, dataset on the Hub, coco-10k or hpsv2", path=True
+    prompts: str = setting(
+        "clothes", f"{KNOWN}, dataset on the Hub, clothes, coco-10k or hpsv2", path=True
     )
     column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
     split: str = setting("train", "split of a dataset on the Hub")
     limit: int | None = setting(None, "number of prompts to use; all of them", low=2)
     out: Path = setting(Path("outputs/t2i_evaluation"), "folder for pictures and metrics")
-    clip: str = setting(
-        "openai/clip-vit-large-patch14", "folder or Hub name of a CLIP model, or none", path=True
-    )
+    clip: str | None = setting(
+        None, "CLIP score by this model, a folder or Hub name: openai/clip-vit-large-patch14",
+        path=True,
+    )  # fmt: skip
     hps: bool = setting(False, "HPSv2.1, by the package hpsv2")
-    reference: Path | None = setting(None, "folder of real images, for the FID")
+    reference: Path | None = setting(None, "FID to a folder of real images")
 
 
 def read_set(settings: Settings) -> list[str]:
     """The prompts, by name or from their source. Raises: ValueError, OSError: one line."""
     s = settings
-    if s.prompts is None and s.tiny:
-        prompts = [TINY_PROMPTS[i % len(TINY_PROMPTS)] for i in range(s.limit or 200)]
-    elif s.prompts is None:
-        raise ValueError(f"--prompts is missing: {KNOWN}, dataset on the Hub, coco-10k or hpsv2")
-    elif s.prompts == "hpsv2":
+    if s.prompts == "clothes":
+        prompts = 20 * CLOTHES
+    elif s.prompts == "hpsv2":  # the benchmark of that metric, 3,200 prompts
         from huggingface_hub import hf_hub_download
 
         prompts = []
         for style in STYLES:
-            with naming("--prompts hpsv2"):
-                file = f"benchmark/{style}.json"
-                path = Path(hf_hub_download("zhwang/HPDv2", file, repo_type="dataset"))
-                prompts += json.loads(path.read_text("utf-8"))
-    elif s.prompts == "coco-10k":
+            file = f"benchmark/{style}.json"
+            path = Path(hf_hub_download("zhwang/HPDv2", file, repo_type="dataset"))
+            prompts += json.loads(path.read_text("utf-8"))
+    elif s.prompts == "coco-10k":  # of a set of COCO 2014 validation images
         prompts = [prompt for prompt, _ in read_source(COCO, "caption")][:10_000]
     else:
         prompts = [prompt for prompt, _ in read_source(s.prompts, s.column, s.split)]
@@ -154,24 +151,22 @@ def fid(files: Sequence[Path], real: Sequence[Path], net: Any, device: torch.dev
 
 def measure(
     settings: Settings, files: Sequence[Path], prompts: Sequence[str], device: torch.device
-) -> Iterator[tuple[str, Any]]:
-    """Yields (name, value) of each metric, the cheap ones first; a text says why one is not run."""
+) -> Iterator[tuple[str, float]]:
+    """Yields (name, value) of each metric, the cheap ones first."""
     s = settings
     if s.tiny and s.model.endswith("qwen"):
         pixels = torch.stack([read_image(file)[::4, ::4, 0] for file in files])
         images = pixels[:, None] / 127.5 - 1  #                               (B, 1, 28, 28)
         yield "clothes_frechet_distance", fashion.frechet_distance(images)  # no FID
-        if set(prompts) <= set(TINY_PROMPTS):
-            labels = torch.tensor([TINY_PROMPTS.index(prompt) for prompt in prompts])
+        if s.prompts == "clothes":
+            labels = torch.arange(len(files)) % len(CLOTHES)
             yield "recognition_rate", fashion.recognition_rate(images, labels)
-    no_clip = s.clip == "none" or (s.tiny and s.clip == Settings.clip)
-    yield "clip_score", "not run" if no_clip else clip_score(files, prompts, s.clip, device)
-    value = "not run (--reference)"
+    if s.clip is not None:
+        yield "clip_score", clip_score(files, prompts, s.clip, device)
     if s.reference is not None:
-        net = load_inception(device)
-        value = fid(files, list_images(s.reference), net, device)
-    yield "fid", value
-    yield "hpsv2.1", hps_score(files, prompts) if s.hps else "not run (--hps)"
+        yield "fid", fid(files, list_images(s.reference), load_inception(device), device)
+    if s.hps:
+        yield "hpsv2.1", hps_score(files, prompts)
 
 
 def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
@@ -193,10 +188,11 @@ def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
         write_json(s.out / "drawn.json", drawn)
     files = draw_missing(s, prompts, here)
     metrics = {"model": s.model, "images": len(files)}
-    for name, value in measure(s, files, prompts, here.device) if here.rank == 0 else ():
-        metrics[name] = value
-        write_json(s.out / "metrics.json", metrics)
-        print(f"{name}: {value if isinstance(value, str) else format(value, '.3f')}", flush=True)
+    if here.rank == 0:
+        for name, value in measure(s, files, prompts, here.device):
+            metrics[name] = value
+            write_json(s.out / "metrics.json", metrics)
+            print(f"{name}: {value:.3f}", flush=True)
     return metrics
 
 

@@ -25,7 +25,7 @@ from common import fashion  # noqa: E402
 from common.cli import parse  # noqa: E402
 from common.images import list_images  # noqa: E402
 from common.train import Place  # noqa: E402
-from text_to_image.evaluate import TINY_PROMPTS, Settings, evaluate, main, read_set  # noqa: E402
+from text_to_image.evaluate import CLOTHES, Settings, evaluate, main, read_set  # noqa: E402
 from text_to_image.families import FAMILIES  # noqa: E402
 from text_to_image.generate import load  # noqa: E402
 
@@ -53,8 +53,9 @@ def test_the_model_of_clothes(settings):
     """Metrics against those of the latents, which no file and no 8 bits came between."""
     metrics = evaluate(settings, ONE)
     assert json.loads((settings.out / "metrics.json").read_text()) == metrics
-    assert metrics["fid"] == "not run (--reference)" and metrics["hpsv2.1"] == "not run (--hps)"
-    prompts = [TINY_PROMPTS[i % 10] for i in range(70)]
+    names = {"model", "images", "clothes_frechet_distance", "recognition_rate"}
+    assert metrics.keys() == names and metrics["images"] == 70
+    prompts = [CLOTHES[i % 10] for i in range(70)]
     generate = load("gm-qwen", tiny=True, device="cpu")
     latents = generate(prompts, batch=35, total_substeps=8, output="latent").latents
     images = fashion.to_images(latents)
@@ -89,7 +90,7 @@ def test_the_same_command_continues_and_another_is_refused(settings, monkeypatch
 def test_processes_share_the_pictures(settings, monkeypatch):
     monkeypatch.setattr(evaluation, "CHUNK", 2)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    prompts = [TINY_PROMPTS[i] for i in range(5)]
+    prompts = [CLOTHES[i] for i in range(5)]
     drawn = []
     for rank in (1, 0):
         files = evaluation.draw_missing(settings, prompts, Place(rank, 2, ONE.device))
@@ -210,8 +211,7 @@ def test_prompt_sets(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"text": "a coat"}\n{"text": "a bag"}\n')
     path = str(tmp_path / "p.jsonl")
     assert read_set(Settings(prompts=path, column="text")) == ["a coat", "a bag"]
-    with pytest.raises(ValueError, match="--prompts is missing"):
-        read_set(Settings())
+    assert read_set(Settings(limit=12))[9:] == ["a photo of a ankle boot", *CLOTHES[:2]]
 
 
 def test_what_is_missing_is_said_before_anything_is_drawn(tmp_path, monkeypatch):
