@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from common import plots
-from common.cli import DEVICE_HELP, MAX_SEED, one_thread, parse, pick_device, run_cli, setting
+from common.cli import DEVICE_HELP, MAX_SEED, parse, pick_device, run_cli, setting
 from common.files import write_json, writing
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import (
@@ -395,9 +395,9 @@ def choose_device(name: str) -> str:
     return str(device)
 
 
-@one_thread()
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures, draws. Raises: ValueError, OSError for bad input, before anything slow."""
+    torch.set_num_threads(1)  # a second one gains little on small tensors, and may cost much
     s = parse(Settings, __doc__, argv)
     s = replace(s, device=choose_device(s.device))
     s.out.mkdir(parents=True, exist_ok=True)

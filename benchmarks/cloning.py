@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import toy_2d
 from benchmarks.timing import print_table
-from common.cli import keep_freed_memory, one_thread, parse, run_cli, setting
+from common.cli import keep_freed_memory, parse, run_cli, setting
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import Policy, Teacher, Time, pi_id_data_free
 
@@ -152,9 +152,9 @@ def measure(case: Case, cloning: bool, settings: Settings) -> list[str]:
     return [spread([endpoint_rmse(x, end) for x in ends], 3), spread(distances, 4)]
 
 
-@one_thread()
 def main(argv: list[str] | None = None) -> None:
     """Trains every case in both ways and prints the table after each."""
+    torch.set_num_threads(1)  # a second one gains little on small tensors, and may cost much
     settings = parse(Settings, __doc__, argv)
     keep_freed_memory()
     header = ["case", "RMSE, pi-ID", "RMSE, cloning", "distance, pi-ID", "distance, cloning"]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import toy_2d
 from benchmarks.timing import print_table
-from common.cli import keep_freed_memory, one_thread, parse, run_cli, setting
+from common.cli import keep_freed_memory, parse, run_cli, setting
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import DXPolicy, Time, rollout, unshift_time
 
@@ -182,9 +182,9 @@ def compare(settings: Settings, report=lambda rows: None) -> list[list]:
     return rows
 
 
-@one_thread()
 def main(argv: list[str] | None = None) -> None:
     """Prints the table after each of its rows."""
+    torch.set_num_threads(1)  # a second one gains little on small tensors, and may cost much
     keep_freed_memory()
     compare(parse(Settings, __doc__, argv), lambda rows: print_table(HEADER, rows))
 

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import math
 import os
 import sys
@@ -28,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
+from piflow_minimal import DXPolicy, GMFlowPolicy
 
 T = TypeVar("T")
 
@@ -60,15 +59,7 @@ def setting(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are ValueErrors of one line; an unknown flag is answered with the closest one."""
-
     def error(self, message: str):
-        if message.startswith("unrecognized arguments: "):
-            given = message.removeprefix("unrecognized arguments: ").split()[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            close = difflib.get_close_matches(given.split("=")[0], known, 1)
-            hint = f"; did you mean {close[0]}?" if close else "; --help lists the flags"
-            message = f"unknown argument {given}{hint}"
         raise ValueError(message)
 
 
@@ -84,67 +75,54 @@ def parse(
     the presets' names are values like any other.
     Raises: ValueError, one line: an unknown flag, a value of another type or out of range.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    defaults = {name: field.default for name, field in fields.items()}
     parser = _Parser(
         description=description.strip().split("\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )  # fmt: skip
+    base = cls
+    if presets and by not in hints:
+        first = next(iter(presets))
+        about = f"named settings, which the other flags change (default: {first})"
+        parser.add_argument(f"--{by}", choices=list(presets), help=about)
+        base = presets[first]
+    for field in dataclasses.fields(cls):
+        _add(parser, field, hints[field.name], getattr(base, field.name, None))
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     if presets:
-        first = _Parser(add_help=False, allow_abbrev=False)
-        if by in fields:
-            _add(first, fields[by], hints[by], fields[by].default)
-        else:
-            first.add_argument(_flag(by), default=next(iter(presets)))
-        chosen = getattr(first.parse_known_args(argv)[0], by)
-        if chosen in presets:
-            defaults = {name: getattr(presets[chosen], name) for name in fields}
-        elif by not in fields:
-            raise ValueError(f"{_flag(by)} is {chosen!r}; choose one of {', '.join(presets)}")
-        if by not in fields:
-            known = "one of " + ", ".join(map(str, presets))
-            parser.add_argument(_flag(by), default=next(iter(presets)), help=known)
-    for name, field in fields.items():
-        _add(parser, field, hints[name], defaults[name])
-    values = vars(parser.parse_args(argv))
-    values = {name: values[name] for name in fields}
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
-    settings = cls(**values)
+        chosen = given.get(by, getattr(cls, by)) if by in hints else given.pop(by, None)
+        base = presets.get(chosen, base)
+    settings = cls(**given) if base is cls else dataclasses.replace(base, **given)
     check_settings(settings)
     return settings
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _flag(field: dataclasses.Field) -> str:
+    return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, default: Any):
-    """Adds one field's flag."""
+    """Adds one field's flag, or its positional argument."""
     about = field.metadata
-    options = {"help": about.get("help"), "default": default, "metavar": about.get("metavar")}
-    if about.get("choices"):
-        options["help"] += f": {', '.join(map(str, about['choices']))}"
+    options = {"help": about["help"], "choices": about["choices"], "metavar": about["metavar"]}
+    if default is not None:
+        options["help"] += f" (default: {default})"
     if isinstance(kind, types.UnionType):  # X | None
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
         options |= {"nargs": "*" if parts[-1] is Ellipsis else len(parts), "type": parts[0]}
     elif kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-        options.pop("metavar")
-    elif about.get("path"):
+        options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
+    elif about["path"]:
         options["type"] = os.path.expanduser
     else:
         options["type"] = _local_path if kind is Path else kind
-    if about.get("positional"):
-        options.pop("default") if default is dataclasses.MISSING else options.update(nargs="?")
+    if about["positional"]:
         parser.add_argument(field.name, **options)
     else:
-        flag = "--" + about["flag"] if about.get("flag") else _flag(field.name)
-        parser.add_argument(flag, dest=field.name, **options)
+        parser.add_argument(_flag(field), dest=field.name, **options)
 
 
 def _local_path(text: str) -> Path:
@@ -152,35 +130,29 @@ def _local_path(text: str) -> Path:
 
 
 def check_settings(settings: Any) -> None:
-    """Raises: ValueError for a field outside the bounds or choices that `setting` states."""
+    """Raises: ValueError for a number outside the bounds that `setting` states."""
     for field in dataclasses.fields(settings):
         about, given = field.metadata, getattr(settings, field.name)
-        if not about or given is None:
-            continue
-        flag = "--" + about["flag"] if about["flag"] else _flag(field.name)
-        flag = field.name if about["positional"] else flag
-        for value in given if isinstance(given, tuple) else (given,):
-            if about["choices"] and value not in about["choices"]:
-                known = ", ".join(map(str, about["choices"]))
-                raise ValueError(f"{flag} is {value!r}; choose one of {known}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                _check_number(flag, value, about["low"], about["above"], about["high"])
-        if about["ordered"] and list(given) != sorted(given):
-            raise ValueError(f"{flag} is {' '.join(map(str, given))}; it must be LOW <= HIGH")
+        values = given if isinstance(given, tuple) else (given,)
+        for value in values:
+            if isinstance(value, int | float):
+                _check_number(_flag(field), value, about["low"], about["above"], about["high"])
+        if about["ordered"] and list(values) != sorted(values):
+            given = " ".join(map(str, values))
+            raise ValueError(f"{_flag(field)} is {given}; it must be LOW <= HIGH")
 
 
 def _check_number(
     flag: str, value: float, low: float | None, above: float | None, high: float | None
 ) -> None:
-    fits = math.isfinite(value) or (high is not None and not math.isnan(value))
-    fits = fits and (low is None or value >= low)
-    fits = fits and (above is None or value > above)
-    fits = fits and (high is None or value <= high)
-    if fits:
+    if (
+        (low is None or value >= low)
+        and (above is None or value > above)
+        and (math.isfinite(value) if high is None else value <= high)
+    ):
         return
-    bounds = [f"at least {low:g}"] if low is not None else []
-    bounds += [f"above {above:g}"] if above is not None else []
-    bounds += [f"at most {high:g}"] if high is not None else []
+    bounds = {"at least": low, "above": above, "at most": high}
+    bounds = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
     raise ValueError(f"{flag} is {value}; it must be {' and '.join(bounds or ['finite'])}")
 
 
@@ -205,13 +177,13 @@ def run_cli(main: Callable[[], Any]) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA if there is one, then MPS, then the CPU; any other name is taken literally.
+    """`auto` is CUDA or MPS if it is there, otherwise the CPU; other names are taken literally.
 
     Raises: ValueError if the device does not exist here.
     """
     if name == "auto":
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        available = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if available else torch.device("cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -219,52 +191,29 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def compiled(function: Callable, *example: Any) -> Callable:
-    """torch.compile of a function; the function itself, with a warning, where that does not work.
-
-    example: arguments of one call, to find out. Usage: `GMFlowPolicy.velocity = compiled(...)`.
-    """
-    fast = torch.compile(function)
+def can_compile(device: torch.device | str = "cpu") -> bool:
+    """Whether torch.compile works on a device; a warning says why not."""
     try:
-        fast(*example)
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # every backend has exceptions of its own
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=2)
-        return function
-    return fast
+        return False
+    return True
 
 
 @contextlib.contextmanager
 def compiled_policies(enabled: bool = True) -> Iterator[None]:
-    """Within the block, `velocity` of both policies goes through torch.compile."""
-    if not enabled:
-        yield
-        return
-    x, means = torch.zeros(1, 2, 4), torch.zeros(1, 3, 2, 4)
-    mixture = GaussianMixture(means, torch.zeros(1, 1, 1, 1), torch.zeros(1, 3, 1, 4))
-    eager = {kind: kind.velocity for kind in (GMFlowPolicy, DXPolicy)}
+    """Within the block, `velocity` of both policies goes through torch.compile, if it works."""
+    kinds = (GMFlowPolicy, DXPolicy) if enabled and can_compile() else ()
+    eager = {kind: kind.velocity for kind in kinds}
+    for kind in kinds:
+        kind.velocity = torch.compile(kind.velocity)
     try:
-        for policy in (GMFlowPolicy(mixture, x, 1.0), DXPolicy(means, x, 1.0)):
-            kind = type(policy)
-            kind.velocity = compiled(eager[kind], policy, x, torch.ones(1))
         yield
     finally:
         for kind, velocity in eager.items():
             kind.velocity = velocity
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Within the block PyTorch uses one CPU thread.
-
-    On small tensors a second thread gains a fifth, and much less than nothing on a busy machine.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def keep_freed_memory() -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common.cli import one_thread, parse, run_cli, setting
+from common.cli import parse, run_cli, setting
 from common.files import write_text, writing
 from common.teachers import endpoint_rmse, integrate_teacher
 from piflow_minimal import pi_id_loss, sample
@@ -121,9 +121,9 @@ def make_page() -> str:
     return page
 
 
-@one_thread()
 def main(argv: list[str] | None = None) -> None:
     """With --train trains the students; writes docs/explorer.html."""
+    torch.set_num_threads(1)  # a second one gains little on small tensors, and may cost much
     settings = parse(Settings, __doc__, argv)
     if settings.train:
         for policy in ("gmflow", "dx"):

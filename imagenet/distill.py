@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from common import frechet
-from common.cli import compiled, compiled_policies, keep_freed_memory, parse, run_cli, setting
+from common.cli import can_compile, compiled_policies, keep_freed_memory, parse, run_cli, setting
 from common.files import join, writing
 from common.plots import image_rows
 from common.processes import rank, total, world
@@ -194,9 +194,7 @@ class Distillation:
         if s.bf16:
             self.teacher.bfloat16()
         self.compile = device.type == "cuda" if s.compile is None else s.compile
-        probe = torch.zeros(2, device=device)
-        if self.compile and compiled(torch.sin, probe) is torch.sin:  # a warning has said why
-            self.compile = False
+        self.compile = self.compile and can_compile(device)
         if self.compile:
             for block in (*self.net.blocks, *self.teacher.blocks):
                 block.compile()

@@ -178,7 +178,7 @@ def test_estimate_before_loading(tmp_path, monkeypatch):
         (["--guidance", "nan"], "--guidance is nan"),
         (["--prompt", " "], "--prompt is empty"),
         (["--components", "0"], "--components is 0"),
-        (["--policy", "gaussian"], "--policy is 'gaussian'"),
+        (["--policy", "gaussian"], "--policy: invalid choice: 'gaussian'"),
         (["--offload", "group"], "needs a GPU"),
         (["--quantize", "int8"], "leave out --base and --quantize"),
         (["--device", "tpu"], "tpu"),

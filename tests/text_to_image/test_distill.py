@@ -589,7 +589,7 @@ def test_documented_commands_parse():
         ([], "--prompts is missing"),
         (["--tiny", "--shard"], "--shard splits"),
         (["--tiny", "--policy", "dx"], "--dropout 0.1: a dx policy has no components"),
-        (["--preset", "gm-sana"], "--preset is 'gm-sana'; choose one of gm-qwen"),
+        (["--preset", "gm-sana"], "--preset: invalid choice: 'gm-sana'"),
         (["--tiny", "--data-dependent"], "has no latents"),
     ],
 )
