@@ -52,10 +52,8 @@ def setting(
         is a local or remote path, ~ is expanded; free: may change when a run is continued.
         default=dataclasses.MISSING: it must be given.
     """
-    about = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
-    about |= {"flag": flag, "metavar": metavar, "positional": positional}
-    about |= {"ordered": ordered, "path": path, "free": free}
-    return dataclasses.field(default=default, metadata=about)
+    about = locals()  # the arguments by name
+    return dataclasses.field(default=about.pop("default"), metadata=about)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,8 +161,7 @@ def run_cli(main: Callable[[], Any]) -> None:
     everything else is a bug and keeps its traceback. What a terminal cannot print becomes "?".
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError, ImportError) as error:

@@ -34,7 +34,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / str(path).rsplit("/", 1)[-1]
             yield temporary
-            with _remote(path) as (filesystem, root):
+            with _filesystem(path) as (filesystem, root):
                 filesystem.makedirs(root.rsplit("/", 1)[0], exist_ok=True)
                 filesystem.put_file(str(temporary), root)
         return
@@ -43,26 +43,16 @@ def writing(path: str | Path) -> Iterator[Path]:
     temporary = path.parent / f".tmp-{uuid.uuid4().hex}{path.suffix}"
     try:
         yield temporary
-        _to_disk(temporary, os.O_RDWR)  # Windows: fsync needs a writable descriptor
+        # fsync of Windows demands a writable handle, and some mounts refuse it.
+        with contextlib.suppress(OSError), open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-        _to_disk(path.parent, os.O_RDONLY)
     except Exception as error:  # on a full disk torch.save and safetensors have their own kinds
-        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
-            reason = str(error).split("\n")[0]
-            raise OSError(f"{path} cannot be written: {reason}") from error
+        if type(error).__name__ in ("RuntimeError", "SafetensorError"):
+            raise OSError(f"{path} cannot be written: {error}") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path, mode: int) -> None:
-    """Asks the system to write a file or folder out; some mounts and Windows refuse, no harm."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, mode)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -76,18 +66,16 @@ def reading(path: str | Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / str(path).rsplit("/", 1)[-1]
-        with _remote(path) as (filesystem, root):
+        with _filesystem(path) as (filesystem, root):
             filesystem.get_file(root, str(copy))
         yield copy
 
 
 @contextlib.contextmanager
-def _remote(path: str | Path) -> Iterator[tuple]:
-    """Yields (filesystem, path in it). What goes wrong in the block is for the user: an OSError."""
-    try:
-        import fsspec
-    except ImportError as error:
-        raise ImportError(f"{path} is remote: pip install fsspec (and s3fs for s3://)") from error
+def _filesystem(path: str | Path) -> Iterator[tuple]:
+    """Yields (fsspec's file system, path in it). Raises: OSError for what goes wrong in there."""
+    import fsspec  # PyTorch depends on it
+
     try:
         yield fsspec.core.url_to_fs(str(path))
     except (OSError, ValueError, ImportError):
@@ -98,23 +86,17 @@ def _remote(path: str | Path) -> Iterator[tuple]:
 
 def list_files(folder: str | Path, prefix: str = "") -> list[str]:
     """Sorted names of the files in a folder that begin with `prefix`; [] if there is none."""
-    if is_remote(folder):
-        with _remote(folder) as (filesystem, root):
-            filesystem.invalidate_cache()
-            names = filesystem.ls(root, detail=False) if filesystem.exists(root) else []
-        names = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
-    else:
-        names = os.listdir(folder) if Path(folder).is_dir() else []
+    with _filesystem(folder) as (filesystem, root):
+        filesystem.invalidate_cache()
+        paths = filesystem.ls(root, detail=False) if filesystem.isdir(root) else []
+    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
     return sorted(name for name in names if name.startswith(prefix))
 
 
 def remove(path: str | Path) -> None:
     """Deletes a file; it may be gone already."""
-    if is_remote(path):
-        with contextlib.suppress(FileNotFoundError), _remote(path) as (filesystem, root):
-            filesystem.rm_file(root)
-    else:
-        Path(path).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError), _filesystem(path) as (filesystem, root):
+        filesystem.rm_file(root)
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -146,9 +128,6 @@ def write_json(path: str | Path, value: dict) -> None:
 def read_json(path: str | Path) -> dict:
     """A JSON object; {} if there is no such file. Raises: ValueError that names a damaged file."""
     try:
-        value = json.loads(read_text(path) or "{}")
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
+        return {} | json.loads(read_text(path) or "{}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable JSON object: {error}") from error

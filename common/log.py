@@ -6,7 +6,6 @@ with means since the line before.
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,20 +20,15 @@ BINS = 10  # of t, for the loss in stats.jsonl
 
 
 class Log:
-    """stats.jsonl, a JSON object per line; TensorBoard or wandb by s.logger; written by rank 0."""
+    """The log of a run that starts, or continues, at `iteration`; rank 0 writes."""
 
     def __init__(self, s: Any, iteration: int, device: torch.device):
         self.s, self.device, self.path = s, device, join(s.out, "stats.jsonl")
-        self.lines, self.send = [], None
         self.clear()
         if rank() == 0:
-            self.send = open_logger(s, iteration)
-            for line in (read_text(self.path) or "").splitlines():
-                try:
-                    if json.loads(line)["iteration"] <= iteration:  # later ones will come again
-                        self.lines.append(line)
-                except ValueError:  # a line that a power cut left unfinished
-                    break
+            before = (read_text(self.path) or "").splitlines()
+            self.lines = [line for line in before if json.loads(line)["iteration"] <= iteration]
+            self.send = open_logger(s, iteration) if s.logger else None
 
     def clear(self) -> None:
         self.losses, self.norm, self.began = [], 0.0, time.monotonic()
@@ -43,11 +37,11 @@ class Log:
     @torch.no_grad()
     def count(self, out: PiIDLoss) -> None:
         """Adds the squared errors of a loss to those of their bin of t; no synchronisation."""
-        square = (out.u_policy - out.u_teacher).square().flatten(1).mean(1)
+        square = (out.u_policy - out.u_teacher).float().square().flatten(1).mean(1)
         square = torch.where(square.isfinite(), square, 0)
         bins = (out.t * BINS).long().clamp(max=BINS - 1)
-        self.by_t[0].index_add_(0, bins, square.float())
-        self.by_t[1].index_add_(0, bins, torch.ones_like(square, dtype=torch.float32))
+        self.by_t[0].index_add_(0, bins, square)
+        self.by_t[1].index_add_(0, bins, torch.ones_like(square))
 
     def add(self, loss: float, norm: float) -> None:
         self.losses.append(loss)
@@ -68,37 +62,28 @@ class Log:
             "skipped": state.skipped,
         } | found
         self.clear()
-        if self.send is None:
-            return
-        self.lines.append(json.dumps(record))
-        write_text(self.path, "\n".join(self.lines) + "\n")
-        scalars = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        self.send(scalars, state.iteration)
+        if rank() == 0:
+            self.lines.append(json.dumps(record))
+            write_text(self.path, "\n".join(self.lines) + "\n")
+        if rank() == 0 and self.send:
+            scalars = {name: x for name, x in record.items() if isinstance(x, int | float)}
+            self.send(scalars, state.iteration)
 
 
 def open_logger(s: Any, iteration: int) -> Callable[[dict, int], None]:
-    """-> send(scalars, iteration) of s.logger; it continues the run in s.out.
-
-    Raises: ImportError if the package is missing or does not work.
-    """
-    if s.logger == "none":
-        return lambda scalars, iteration: None
-    try:
-        if s.logger == "wandb":
-            import wandb
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        needed = f"--logger {s.logger} needs: pip install {s.logger}"
-        raise ImportError(f"{needed} ({error})") from error
+    """-> send(scalars, iteration) to TensorBoard or wandb; it continues the run in s.out."""
     if s.logger == "wandb":
-        identity = join(s.out, "wandb_id.txt")
-        known = read_text(identity)
-        options = {"name": str(s.out), "config": as_json(s), "id": known, "resume": "allow"}
+        import wandb
+
+        path = join(s.out, "wandb_id.txt")
+        known = read_text(path)
+        options = {"name": s.out, "config": as_json(s), "id": known, "resume": "allow"}
         run = wandb.init(project="piflow", **options)
         if not known:
-            write_text(identity, run.id)
-        return lambda scalars, iteration: wandb.log(scalars, step=iteration)
+            write_text(path, run.id)
+        return run.log
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(join(s.out, "tensorboard"), purge_step=iteration + 1)
 
     def send(scalars: dict, iteration: int) -> None:
@@ -115,12 +100,7 @@ def as_json(s: Any) -> dict:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the GPU, otherwise of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
+    """Peak memory of a GPU so far; 0 on another device."""
+    if device.type != "cuda":
         return 0.0
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return torch.cuda.max_memory_allocated(device) / 2**30

@@ -6,7 +6,7 @@ A plain `python script.py` is one process, and everything here works there too.
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ class Place(NamedTuple):
 @contextlib.contextmanager
 def processes(device: str = "auto") -> Iterator[Place]:
     """One process, or those that torchrun started: NCCL on CUDA, otherwise Gloo."""
-    count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
-    if count == 1:
+    chosen = pick_device(device)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Place(0, 1, chosen)
         return
     if chosen.type == "cuda":
@@ -39,7 +39,7 @@ def processes(device: str = "auto") -> Iterator[Place]:
     # An hour: the other processes wait while rank 0 reads a checkpoint or draws pictures.
     dist.init_process_group(backend, timeout=timedelta(hours=1))
     try:
-        yield Place(dist.get_rank(), count, chosen)
+        yield Place(rank(), world(), chosen)
         dist.barrier()  # none leaves while another one still needs it
     finally:
         dist.destroy_process_group()
@@ -68,20 +68,6 @@ def from_first(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def on_first(function: Callable, *args: Any) -> Any:
-    """Calls a function on rank 0; every process returns its result, or raises its error."""
-    result = error = None
-    if rank() == 0:
-        try:
-            result = function(*args)
-        except (ValueError, OSError, ImportError) as raised:
-            error = raised
-    result, error = from_first((result, error))
-    if error:
-        raise error
-    return result
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ from common.files import (
     writing,
 )
 from common.log import Log, as_json
-from common.processes import Place, from_first, on_first, rank, stop_signals, total
+from common.processes import Place, from_first, rank, stop_signals, total
 from common.processes import processes as processes  # beside `train`, for whoever trains
 
 MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run gives up
@@ -62,9 +62,7 @@ MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run 
 class TrainSettings:
     """What all trainers share. free: may change when a run continues."""
 
-    out: str | Path = setting(
-        "outputs", "folder of the run, local or remote (s3://...)", path=True, free=True
-    )
+    out: str = setting("outputs", "folder of the run, local or s3://...", path=True, free=True)
     iterations: int = setting(1000, "optimizer steps", low=1, free=True)
     batch: int = setting(256, "samples per step, over all processes", low=1)
     micro_batch: int = setting(
@@ -72,7 +70,9 @@ class TrainSettings:
         low=1, free=True,
     )  # fmt: skip
     lr: float = setting(1e-4, "peak learning rate of AdamW", above=0)
-    lr_decay: str = setting("none", "after the warm-up; cosine: to 0", choices=("none", "cosine"))
+    lr_decay: str = setting(
+        "none", "after the warm-up; cosine: to 0 at --iterations", choices=("none", "cosine")
+    )
     warmup: int = setting(100, "iterations of linear warm-up, from a thousandth of --lr", low=0)
     beta2: float = setting(0.95, "AdamW's beta2; beta1 is 0.9, no weight decay", low=0, high=1)
     optimizer: str = setting(
@@ -96,8 +96,8 @@ class TrainSettings:
         None, "checkpoints of these multiples stay as well", low=1, free=True
     )
     eval_every: int = setting(2000, "iterations between evaluations; 0: none", low=0, free=True)
-    logger: str = setting(
-        "none", "beside stats.jsonl", choices=("none", "tensorboard", "wandb"), free=True
+    logger: str | None = setting(
+        None, "beside stats.jsonl", choices=("tensorboard", "wandb"), free=True
     )
 
 
@@ -116,11 +116,8 @@ class State:
         self.ema = [p.detach().clone() for p in self.weights]
         options = {"lr": s.lr, "betas": (0.9, s.beta2), "weight_decay": 0.0}
         if s.optimizer == "adamw8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit
-            except ImportError as error:
-                needed = "--optimizer adamw8bit needs: pip install bitsandbytes"
-                raise ImportError(f"{needed} ({error})") from error
+            from bitsandbytes.optim import AdamW8bit
+
             self.optimizer = AdamW8bit(self.weights, **options)
         else:
             fused = self.weights[0].device.type == "cuda"
@@ -169,28 +166,28 @@ class State:
     def as_dict(self) -> dict[str, Any]:
         """All that a checkpoint holds. Every process calls this."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        numbers = {name: getattr(self, name) for name in ("iteration", "skipped", "seconds")}
-        optimizer = get_optimizer_state_dict(self.net, self.optimizer, options=options)
-        tensors = {"net": self.whole(), "ema": self.whole_average(), "optimizer": optimizer}
-        return numbers | tensors
+        return {
+            "iteration": self.iteration,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "net": self.whole(),
+            "ema": self.whole_average(),
+            "optimizer": get_optimizer_state_dict(self.net, self.optimizer, options=options),
+        }
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continues from `as_dict` of rank 0, which the other processes are sent; None: nothing."""
-        names = ("iteration", "skipped", "seconds")
-        numbers = from_first(state and {name: state[name] for name in names})
-        if not numbers:
+        """Continues from what `as_dict` gave on rank 0; None there: nothing to continue."""
+        counts = from_first(state and [state[name] for name in ("iteration", "skipped", "seconds")])
+        if counts is None:
             return
-        state = state or {"net": {}, "ema": {}, "optimizer": {}}
+        self.iteration, self.skipped, self.seconds = counts
+        state = state or {"net": {}, "ema": {}, "optimizer": {}}  # the others are sent the tensors
         options = {"full_state_dict": True, "strict": False}  # strict: frozen parts are not in it
         options = StateDictOptions(broadcast_from_rank0=dist.is_initialized(), **options)
         set_model_state_dict(self.net, state["ema"], options=options)
-        with torch.no_grad():
-            for weight, average in zip(self.weights, self.ema, strict=True):
-                average.copy_(weight)
+        self.ema = [p.detach().clone() for p in self.weights]
         set_model_state_dict(self.net, state["net"], options=options)
         set_optimizer_state_dict(self.net, self.optimizer, state["optimizer"], options=options)
-        for name, value in numbers.items():
-            setattr(self, name, value)
 
 
 def learning_rate(s: TrainSettings, iteration: int) -> float:
@@ -226,10 +223,10 @@ def save(s: TrainSettings, state: State, task: Any) -> None:
     with writing(join(folder, f"step_{state.iteration:08d}.pt")) as temporary:
         torch.save(whole, temporary)
     export(s, task, whole["ema"])
-    every = s.milestone_every
     names = list_files(folder, "step_")
-    passing = [name for name in names if not every or int(name[5:13]) % every]
-    for name in passing[: -s.keep]:
+    if s.milestone_every:
+        names = [name for name in names if int(name[5:13]) % s.milestone_every]
+    for name in names[: -s.keep]:
         remove(join(folder, name))
 
 
@@ -241,15 +238,12 @@ def export(s: TrainSettings, task: Any, average: dict[str, Tensor]) -> None:
 
 def read_checkpoint(path: str) -> dict[str, Any]:
     """Raises: ValueError if it is damaged, OSError if there is none or it cannot be fetched."""
-    with reading(path) as local:
+    with reading(path) as local, open(local, "rb") as file:
         try:
-            with zipfile.ZipFile(local) as archive:
-                wrong = archive.testzip()
+            wrong = zipfile.ZipFile(file).testzip()
             if wrong:
                 raise ValueError(f"wrong checksum of {wrong}")
             return torch.load(local, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, PermissionError):
-            raise
         except Exception as error:  # one wrong bit in the directory of a zip: nearly any kind
             raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -263,15 +257,12 @@ def newest(out: str) -> dict[str, Any] | None:
         try:
             return read_checkpoint(join(folder, name))
         except ValueError as error:
-            print(f"skipping the damaged checkpoint {name}: {' '.join(str(error).split())[:100]}")
+            print(f"skipping the damaged checkpoint {name}: {error}")
     return None
 
 
-def check_same(s: TrainSettings) -> dict:
-    """The settings that the run in s.out was started with, {} for a new one.
-
-    Raises: ValueError that names the first one that decides its numbers and differs.
-    """
+def check_same(s: TrainSettings) -> None:
+    """Raises: ValueError if the run in s.out has other settings of those that decide numbers."""
     path = join(s.out, "config.json")
     before, now = read_json(path), as_json(s)
     for field in dataclasses.fields(s):
@@ -281,7 +272,6 @@ def check_same(s: TrainSettings) -> dict:
                 f"{path} is of a run with {name} = {before[name]!r}, this one has {now[name]!r}; "
                 "choose another output folder, or the same settings to continue"
             )
-    return before
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -292,28 +282,21 @@ def start(s: TrainSettings, task: Any, place: Place) -> State:
 
     Raises: ValueError if settings, processes and an earlier run in s.out do not fit together.
     """
-    if s.batch < place.world:
-        raise ValueError(f"--batch is {s.batch}; {place.world} processes need at least as many")
-    if s.shard and len(micro_batches(s, place.world)) % place.world:
-        needed = f"--micro-batch {s.micro_batch} times {place.world} processes"
-        raise ValueError(f"--batch is {s.batch}; with --shard it must be a multiple of {needed}")
-    if s.shard and place.world == 1:
-        raise ValueError("--shard splits a network over processes: start several by torchrun")
+    parts = len(micro_batches(s, place.world))
+    if parts < place.world or (s.shard and parts % place.world):
+        raise ValueError(
+            f"--batch {s.batch} makes {parts} micro-batches for {place.world} processes: each "
+            "needs one at least, with --shard all need the same number"
+        )
     if s.shard and s.optimizer != "adamw":
         raise ValueError(f"--optimizer {s.optimizer} cannot handle the parameters of --shard")
-    before = on_first(check_same, s)
+    check_same(s)
     if s.shard:
         task.shard(task.net)
     state = State(task.net.train(), s)
     state.restore(newest(s.out) if place.rank == 0 else None)
     if state.iteration:  # a run that was killed after its checkpoint has an older student
         export(s, task, state.whole_average())
-    if place.rank == 0:
-        old = before.get("iterations", s.iterations)
-        if s.lr_decay != "none" and old != s.iterations and state.iteration:
-            print(f"--iterations was {old}: the cosine now ends at {s.iterations}")
-        if state.iteration > s.iterations:
-            print(f"the run is at iteration {state.iteration}, beyond --iterations {s.iterations}")
     return state
 
 
@@ -379,16 +362,18 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
             numbers = total(torch.stack([loss, norm / place.world, stop]))
             loss, norm, stop = numbers.tolist()  #  the only device sync of the loop itself
 
-            finite = math.isfinite(loss + norm)
-            if finite:
+            if math.isfinite(loss + norm):
                 state.step()
                 log.add(loss, norm)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bad = 0 if finite else bad + 1
-            state.skipped += not finite
+                bad = 0
+            else:
+                state.skipped += 1
+                bad += 1
             state.iteration += 1
             state.seconds = time.monotonic() - began
-            last = stop > 0 or state.iteration == s.iterations
+            done = state.iteration == s.iterations
+            last = done or stop > 0
             bar.update()
 
             if bad == MOST_SKIPPED:
@@ -401,7 +386,7 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
                 )
             try:
                 found = {}
-                if due(state.iteration, s.eval_every, last):
+                if due(state.iteration, s.eval_every, done):  # no time for it after a signal
                     with state.averaged() as net, torch.no_grad():
                         found = task.evaluate(net, state.iteration)
                 if found or due(state.iteration, s.log_every, last):
@@ -409,10 +394,10 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
             finally:  # also if the evaluation fails
                 if due(state.iteration, s.save_every, last) and (last or not bad):
                     save(s, state, task)
-    if place.rank == 0 and state.iteration <= s.iterations:
-        done = state.iteration == s.iterations
-        rest = "" if done else "; stopped: run the same command again to continue"
-        print(f"iteration {state.iteration} of {s.iterations}, {state.seconds:.0f} s{rest}")
+    if place.rank == 0:
+        print(f"iteration {state.iteration} of {s.iterations}, {state.seconds:.0f} s")
+        if state.iteration < s.iterations:
+            print("stopped: run the same command again to continue")
     return state
 
 

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         name = "xl2" if device.type == "cuda" and s.teacher != "tiny" else "tiny"
         if name == "tiny" and s.teacher != "tiny":
             s = replace(PRESETS["tiny"], compile=s.compile, seed=s.seed)
-        none = {"latents": None, "fid_images": 0, "logger": "none"}
+        none = {"latents": None, "fid_images": 0, "logger": None}
         s = replace(s, batch=s.micro_batch * place.world, **none)
         task = Distillation(s, device, random_teacher(name, device))
         measured = measure(s, task, place)

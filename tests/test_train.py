@@ -21,7 +21,7 @@ from two_processes import ENVIRONMENT, run_two
 from common import train as engine
 from common.cli import parse
 from common.files import join, list_files, read_text, write_text
-from common.processes import Place, on_first, stop_signals
+from common.processes import Place, stop_signals
 from common.train import TrainSettings, read_checkpoint, train
 from piflow_minimal import PiIDLoss
 
@@ -172,7 +172,7 @@ def test_eight_bit_adam_is_imported_by_name(monkeypatch):
     engine.State(nn.Linear(1, 1), settings(optimizer="adamw8bit", lr=0.5, beta2=0.99))
     assert given == {"lr": 0.5, "betas": (0.9, 0.99), "weight_decay": 0.0}
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+    with pytest.raises(ImportError, match="bitsandbytes"):
         engine.State(nn.Linear(1, 1), settings(optimizer="adamw8bit"))
 
 
@@ -344,14 +344,13 @@ def test_other_settings_are_refused_free_ones_are_not(tmp_path):
     assert_same(before, newest(tmp_path))
 
 
-def test_more_iterations_of_a_cosine_and_fewer_than_done(tmp_path, capsys):
-    run(tmp_path, iterations=3, lr_decay="cosine")
+def test_fewer_iterations_than_done(tmp_path, capsys):
+    run(tmp_path, iterations=6)
     capsys.readouterr()
-    run(tmp_path, iterations=6, lr_decay="cosine")
-    assert "--iterations was 3: the cosine now ends at 6" in capsys.readouterr().out
-    run(tmp_path, iterations=4, lr_decay="cosine")
+    run(tmp_path, iterations=4)
     said = capsys.readouterr().out
-    assert "at iteration 6, beyond --iterations 4" in said and "again" not in said
+    assert "iteration 6 of 4" in said and "again" not in said
+    assert newest(tmp_path)["iteration"] == 6
 
 
 # -- what is not finite, what does not fit ---------------------------------------------------------
@@ -398,9 +397,9 @@ def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, world, message", [
-    ({"shard": True}, 1, "--shard splits a network over processes"),
-    ({"batch": 3}, 4, "--batch is 3; 4 processes need at least as many"),
-    ({"shard": True, "batch": 6}, 2, "--batch is 6; with --shard it must be a multiple of"),
+    ({"batch": 3}, 4, "--batch 3 makes 3 micro-batches for 4 processes: each needs one"),
+    ({"batch": 5}, 4, "--batch 5 makes 3 micro-batches for 4 processes: each needs one"),
+    ({"shard": True, "batch": 6}, 2, "--batch 6 makes 3 micro-batches .* the same number"),
     ({"shard": True, "batch": 8, "optimizer": "adamw8bit"}, 2, "--optimizer adamw8bit"),
 ])  # fmt: skip
 def test_what_does_not_fit(tmp_path, changes, world, message):
@@ -412,18 +411,9 @@ def test_what_does_not_fit(tmp_path, changes, world, message):
 
 def test_a_missing_package_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match="pip install wandb"):
+    with pytest.raises(ImportError, match="wandb"):
         run(tmp_path / "run", logger="wandb")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_broken_package_is_not_called_missing(tmp_path, monkeypatch):
-    """wandb is there, what it imports is broken: the reason is in the line."""
-    (tmp_path / "wandb.py").write_text("raise ImportError('cannot import name runtime_version')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(ImportError, match="cannot import name runtime_version"):
-        run(tmp_path / "run", logger="wandb")
 
 
 # -- processes and signals -------------------------------------------------------------------------
@@ -507,15 +497,6 @@ def test_the_second_ctrl_c_kills_the_second_sigterm_does_not():
         assert received == [signal.SIGTERM] * 3
 
 
-def test_on_first_raises_the_error_of_rank_0():
-    def fail():
-        raise ValueError("another run is in there")
-
-    assert on_first(lambda: 5) == 5
-    with pytest.raises(ValueError, match="another run"):
-        on_first(fail)
-
-
 # -- log -------------------------------------------------------------------------------------------
 
 
@@ -535,6 +516,12 @@ def test_a_failing_evaluation_loses_no_training(tmp_path, monkeypatch):
     assert newest(tmp_path)["iteration"] == 4
 
 
+def test_a_signal_does_not_wait_for_an_evaluation(tmp_path):
+    s = settings(out=str(tmp_path), eval_every=6)
+    train(s, Interrupted(s, 2), ONE)
+    assert newest(tmp_path)["iteration"] == 3 and "rmse" not in stats(tmp_path)[-1]
+
+
 def test_an_evaluation_sees_the_average_and_changes_nothing(tmp_path):
     plain, evaluated = run(tmp_path / "a"), run(tmp_path / "b", eval_every=1)
     for a, b in zip(plain.weights, evaluated.weights, strict=True):
@@ -546,9 +533,9 @@ def test_an_evaluation_sees_the_average_and_changes_nothing(tmp_path):
     assert stats(tmp_path / "b")[-1]["rmse"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_cut_line_of_the_log_is_dropped(tmp_path):
+def test_lines_that_will_come_again_are_dropped(tmp_path):
     lines = [json.dumps({"iteration": i}) for i in (1, 2, 3)]
-    (tmp_path / "stats.jsonl").write_text("\n".join(lines) + '\n{"itera')
+    (tmp_path / "stats.jsonl").write_text("\n".join(lines) + "\n")
     log = engine.Log(settings(out=str(tmp_path)), 2, CPU)
     assert [json.loads(line)["iteration"] for line in log.lines] == [1, 2]
 
@@ -558,10 +545,9 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
 
     def init(**options):
         given.append((options["id"], options["resume"]))
-        return SimpleNamespace(id="abc123")
+        return SimpleNamespace(id="abc123", log=lambda found, step: logged.append((step, found)))
 
-    wandb = SimpleNamespace(init=init, log=lambda scalars, step: logged.append((step, scalars)))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for iterations in (1, 8):
         run(tmp_path, iterations=iterations, log_every=8, logger="wandb")
     assert given == [(None, "allow"), ("abc123", "allow")]
