@@ -1,49 +1,30 @@
 """The one reader of image files."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = (".", "__MACOSX", "@eaDir")  # files and folders of notebooks, archives, a NAS
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name is one of an image that is not hidden."""
-    return not name.startswith(HIDDEN) and name.lower().endswith(SUFFIXES)
-
-
 def list_images(folder: str | Path) -> list[Path]:
-    """The images below a folder, in the same order on every platform; hidden folders are skipped.
+    """The images below a folder, in the same order on every platform; hidden ones are skipped.
 
     Raises: ValueError if there is none.
     """
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        found += [Path(root, name) for name in names if is_image(name)]
+        names = [name for name in names if not name.startswith(HIDDEN)]
+        found += [Path(root, name) for name in names if name.lower().endswith(SUFFIXES)]
     if not found:
         raise ValueError(f"{folder} holds no image; known are {', '.join(SUFFIXES)}")
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
-
-
-@contextlib.contextmanager
-def opened(path: str | Path) -> Iterator:
-    """Yields a PIL image. Raises: ValueError that names the file for whatever fails inside."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # decoders raise nearly any kind
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -51,22 +32,25 @@ def read_image(path: str | Path) -> Tensor:
 
     Raises: ValueError that names the file if it cannot be read.
     """
-    from PIL import Image, ImageOps
+    with open(path, "rb") as file:
+        try:
+            return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(Image.open(file)))))
+        except Exception as error:  # decoders raise nearly any kind
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
-    with opened(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point grey values")
-        if image.mode.startswith("I"):  # 16 bits, in the mode I or I;16
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"grey values {values.min()} to {values.max()}")
-            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return torch.from_numpy(np.array(image.convert("RGB")))
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """16 bits as 8, alpha on white."""
+    if image.mode[0] in "IF":  # I or I;16 is grey of 16 bits
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"grey values {values.min()} to {values.max()}, not of 8 or 16 bits")
+        image = Image.fromarray(((values.astype(int) * 255 + 32767) // 65535).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def square(image: Tensor, side: int) -> Tensor:
@@ -74,8 +58,6 @@ def square(image: Tensor, side: int) -> Tensor:
 
     As in the evaluation suite of ADM: halved by boxes while it is large, then bicubic.
     """
-    from PIL import Image
-
     image = Image.fromarray(image.numpy())
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -4,28 +4,23 @@
     axes[0].plot(t, error, **LINES["gmflow"], label="GMFlow")
     save_figure(figure, "curve.png")
 
-Figures have an Agg canvas of their own: neither pyplot nor a display nor MPLBACKEND is involved, so
-that the setting of a notebook or desktop cannot end a script. `display(figure)` shows one there.
+Neither pyplot nor a display nor the backend of MPLBACKEND is involved, so that the setting of a
+notebook or desktop cannot end a script. `display(figure)` shows a figure there.
 """
 
-import contextlib
-import os
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.files import writing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Colours of Okabe and Ito, which every kind of colour vision tells apart.
 BLUE, VERMILION, ORANGE, GREEN = "#0072b2", "#d55e00", "#e69f00", "#009e73"
@@ -50,43 +45,24 @@ STYLE = {
 
 
 def new_figure(
-    rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.6, 3.3), **options: Any
-) -> tuple["Figure", Any]:
-    """A figure of `size` inches and its axes, as `Figure.subplots` returns them.
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.6, 3.3),
+    mosaic: Sequence | None = None, **options: Any,
+) -> tuple[Figure, Any]:  # fmt: skip
+    """A figure of `size` inches and its axes, as `Figure.subplots` or `subplot_mosaic` gives them.
 
-    options: of `Figure.subplots` (sharex, squeeze, width_ratios, ...).
+    options: of these functions (sharex, squeeze, width_ratios, ...).
     """
-    figure = _empty_figure(size)
-    with _matplotlib().rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        if mosaic:
+            return figure, figure.subplot_mosaic(mosaic, **options)
         return figure, figure.subplots(rows, columns, **options)
 
 
-def _empty_figure(size: tuple[float, float]) -> "Figure":
-    with _matplotlib().rc_context(STYLE):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure
-
-
-def _matplotlib() -> ModuleType:
-    """matplotlib, also where MPLBACKEND names a backend that is not installed."""
-    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-
-    if backend:
-        os.environ["MPLBACKEND"] = backend
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend  # for the pyplot of a notebook
-    return matplotlib
-
-
-def save_figure(figure: "Figure", path: str | Path, dpi: int = DPI) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure, atomically; the suffix chooses the format."""
     with writing(path) as temporary:
-        figure.savefig(temporary, dpi=dpi)
+        figure.savefig(temporary, dpi=DPI)
 
 
 def plain(text: str) -> str:
@@ -104,7 +80,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def image_rows(
     rows: Mapping[str, Sequence], title: str = "", columns: Sequence[str] = ()
-) -> "Figure":
+) -> Figure:
     """A labelled row of images for every entry, all of one size; columns: labels on top.
 
     An image is uint8 (H, W, 1 or 3), or a Tensor (1 or 3, H, W) in [-1, 1].
@@ -117,7 +93,7 @@ def image_rows(
     return figure
 
 
-def _draw_board(axis: "Axes", rows: Mapping[str, Sequence], columns: Sequence[str]) -> None:
+def _draw_board(axis: Axes, rows: Mapping[str, Sequence], columns: Sequence[str]) -> None:
     """All images of `image_rows` in one picture, white between, labels at the left and on top."""
     lines = []
     for images in rows.values():
@@ -165,7 +141,7 @@ def colors_of(noise: Tensor) -> np.ndarray:
     return torch.einsum("nij,ijc->nc", shares, torch.tensor(CORNERS)).numpy()
 
 
-def plane(axis: "Axes", title: str = "", limit: float = 3.0) -> None:
+def plane(axis: Axes, title: str = "", limit: float = 3.0) -> None:
     """Equal axes on [-limit, limit]^2."""
     ticks = [-2, 0, 2] if limit > 2 else [-1, 0, 1]
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=ticks, yticks=ticks)
@@ -174,13 +150,13 @@ def plane(axis: "Axes", title: str = "", limit: float = 3.0) -> None:
     axis.label_outer()
 
 
-def draw_points(axis: "Axes", x: Tensor, colors: Any, title: str = "", size: float = 1.2) -> None:
+def draw_points(axis: Axes, x: Tensor, colors: Any, title: str = "", size: float = 1.2) -> None:
     """Points of the plane, (N, 2)."""
     axis.scatter(*x.cpu().T, s=size, c=colors, linewidths=0, rasterized=True)
     plane(axis, title)
 
 
-def draw_paths(axis: "Axes", states: Sequence[Tensor], colors: Any, title: str = "") -> None:
+def draw_paths(axis: Axes, states: Sequence[Tensor], colors: Any, title: str = "") -> None:
     """Trajectories from noise (open) to data (full). states: (n, 2) at every time."""
     paths = torch.stack([state.cpu() for state in states], 1)  #                  (n, steps, 2)
     for path, color in zip(paths, colors, strict=True):
@@ -209,27 +185,14 @@ def image_board(rows: Mapping[str, Sequence], columns: Sequence[str] = ()) -> No
     display(image_rows(rows, columns=columns))
 
 
-def draw_field(axis: "Axes", velocity, t: float, limit: float = 3.0, color: Any = GREY) -> None:
-    """Unit arrows along -u on [-limit, limit]^2: where a state at noise level t is about to move.
-
-    velocity: (x (B, 2), t (B,)) -> u (B, 2).
-    """
-    line = torch.linspace(-0.9 * limit, 0.9 * limit, 15)
-    x = torch.cartesian_prod(line, line)  #                                       (225, 2)
-    u = velocity(x, torch.full((len(x),), t))
-    move = -u / u.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    options = {"angles": "xy", "scale_units": "xy", "scale": 11 / limit, "pivot": "mid"}
-    axis.quiver(*x.T, *move.T, color=color, width=0.005, **options)
-
-
 # ---- The static policy of toy_dit_imagenet.py and toy_qwen.py ------------------------------------
 
 SHOWN = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)  # noise levels
 
 
 @torch.no_grad()
-def static_policy(teacher, run, reference: Tensor, decode, title: str) -> "Figure":
-    """Teacher's and policy's trajectory for one noise, images of both; their distance; the loss.
+def static_policy(teacher, run, reference: Tensor, decode, title: str) -> Figure:
+    """Teacher's and policy's trajectory for one noise, as images; their distance; the loss.
 
     Args: teacher: (x, t) -> u; run: a `common.static_policy.Run`; reference: the teacher's states
         at the times of run.metrics["t"]; decode: latents -> images in [-1, 1].
@@ -238,53 +201,45 @@ def static_policy(teacher, run, reference: Tensor, decode, title: str) -> "Figur
     line = LINES[run.metrics["settings"]["policy"]]
     shown = [min(range(len(times)), key=lambda i: abs(times[i] - level)) for level in SHOWN]
 
-    def estimates(states: Tensor, velocity) -> list[Tensor]:
-        levels = [states.new_tensor([times[i]]) for i in shown]
-        pairs = zip(shown, levels, strict=True)
-        return [decode(states[i] - t * velocity(states[i], t) if t else states[i])[0]
-                for i, t in pairs]  # fmt: skip
+    def images(states: Tensor, velocity=None) -> list[Tensor]:
+        """Of the states that are shown, or of the x_0 = x - t u that a velocity expects there."""
+        found = []
+        for i in shown:
+            x, t = states[i], states.new_tensor([times[i]])
+            if velocity and times[i] > 0:
+                x = x - t * velocity(x, t)
+            found.append(decode(x)[0])
+        return found
 
     rows = {
-        "teacher\n$x_t$": [decode(reference[i])[0] for i in shown],
-        "policy\n$x_t$": [decode(run.states[i])[0] for i in shown],
-        "teacher\n$x_0$ estimate": estimates(reference, teacher),
-        "policy\n$x_0$ estimate": estimates(run.states, run.policy.velocity),
+        "teacher\n$x_t$": images(reference),
+        "policy\n$x_t$": images(run.states),
+        "teacher\n$x_0$ estimate": images(reference, teacher),
+        "policy\n$x_0$ estimate": images(run.states, run.policy.velocity),
     }
-    figure = _empty_figure((8.6, 7.4))
-    with _matplotlib().rc_context(STYLE):
-        layout = [["board"] * 3, ["endpoint", "distance", "loss"]]
-        axes = figure.subplot_mosaic(layout, height_ratios=[4, 1.9])
+    mosaic = [["board", "board"], ["distance", "loss"]]
+    figure, axes = new_figure(size=(8.6, 7.4), mosaic=mosaic, height_ratios=[4, 1.9])
     _draw_board(axes["board"], rows, [f"t = {times[i]:.1f}" for i in shown])
-
-    difference = (decode(run.states[-1]) - decode(reference[-1]))[0].abs().mean(0).cpu().numpy()
-    drawn = axes["endpoint"].imshow(difference, cmap="magma", vmin=0)
-    axes["endpoint"].set(title="|endpoint difference|", xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=axes["endpoint"], shrink=0.85)
     axes["distance"].plot(times, run.metrics["trajectory_rmse"], **line)
     axes["distance"].set(title="RMSE, policy to teacher", xlabel="noise level t")
     axes["distance"].set(xlim=(1, 0), ylim=(0, None))
     width = min(25, len(run.losses))
     smooth = run.losses.unfold(0, width, 1).mean(1).numpy()
-    axes["loss"].plot(run.losses.numpy(), **line, alpha=0.3, linewidth=0.8, label="loss")
-    axes["loss"].plot(range(width - 1, len(run.losses)), smooth, **line, label=f"mean of {width}")
-    axes["loss"].set(title="loss", xlabel="iteration", yscale="log")
-    axes["loss"].legend(frameon=False)
+    axes["loss"].plot(range(width - 1, len(run.losses)), smooth, **line)
+    axes["loss"].set(title=f"loss, mean of {width}", xlabel="iteration", yscale="log")
     figure.suptitle(title, fontsize=11)
     return figure
 
 
-def policy_sizes(runs: Sequence[Mapping], title: str) -> "Figure":
+def policy_sizes(runs: Sequence[Mapping], title: str) -> Figure:
     """Endpoint PSNR over the size of the policy. runs: rows of `common.static_policy.run_sweep`."""
     figure, axis = new_figure(size=(7.0, 3.8))
     labels = {"gmflow": "GMFlow, K components", "dx": "DX, N grid points"}
-    for (policy, label), marker in zip(labels.items(), "os", strict=True):
-        chosen = [run for run in runs if run["policy"] == policy]
-        psnr = [run["endpoint_psnr_db"] for run in chosen]
-        sizes = [run["size"] for run in chosen]
-        axis.plot(sizes, psnr, marker=marker, **LINES[policy], label=label)
+    for policy, label in labels.items():
+        psnr = {run["size"]: run["endpoint_psnr_db"] for run in runs if run["policy"] == policy}
+        axis.plot(psnr.keys(), psnr.values(), marker="o", **LINES[policy], label=label)
     axis.set_xscale("log", base=2)
-    sizes = sorted({run["size"] for run in runs})
-    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set(title=title, xlabel="size of the policy, K or N", ylabel="endpoint PSNR (dB)")
     axis.legend()
     return figure

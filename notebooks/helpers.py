@@ -37,6 +37,19 @@ def trajectory(policy, x, tau_start=1.0, substeps=512):
     return torch.stack(states)
 
 
+def draw_field(axis, velocity, t, color, limit=3.0):
+    """Unit arrows along -u on [-limit, limit]^2: where a state at noise level t is about to move.
+
+    velocity: (x (B, 2), t (B,)) -> u (B, 2).
+    """
+    line = torch.linspace(-0.9 * limit, 0.9 * limit, 15)
+    x = torch.cartesian_prod(line, line)  #                                       (225, 2)
+    u = velocity(x, torch.full((len(x),), t))
+    move = -u / u.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    options = {"angles": "xy", "scale_units": "xy", "scale": 11 / limit, "pivot": "mid"}
+    axis.quiver(*x.T, *move.T, color=color, width=0.005, **options)
+
+
 def shade(axis, best, colors, limit=1.9):
     """Shades the plane by best: (P, 2) -> (P,), the index of a colour."""
     line = torch.linspace(-limit, limit, 96)

@@ -21,7 +21,7 @@ assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_a_figure_does_not_need_the_backend_of_the_environment(tmp_path):
-    env = {**os.environ, "MPLBACKEND": "no such backend"}
+    env = {**os.environ, "MPLBACKEND": "module://no_such.backend"}
     run = [sys.executable, "-c", SCRIPT, str(tmp_path / "figure.png")]
     subprocess.run(run, env=env, check=True)
     assert Image.open(tmp_path / "figure.png").size == (8.6 * plots.DPI, 3.3 * plots.DPI)
