@@ -20,13 +20,10 @@ def guided_velocity(
     x_0 estimate (projection over all dims of a sample; arXiv 2410.02416).
 
     Args: u_cond, u_uncond: (B, C, *); t: a number, () or (B,); x: (B, C, *), for orthogonal > 0.
-    Raises: ValueError if x is missing.
     """
     t = torch.as_tensor(t, device=u_cond.device, dtype=u_cond.dtype).expand(len(u_cond))
     correction, ones = (scale - 1) * (u_cond - u_uncond), [1] * (u_cond.ndim - 1)
     if orthogonal:
-        if x is None:
-            raise ValueError("x is missing: orthogonal guidance needs the state")
         x0, dims = x0_from_velocity(x, t, u_cond), tuple(range(1, u_cond.ndim))
         along = (correction * x0).sum(dims) / x0.square().sum(dims).clamp(min=EPS)  #  (B,)
         correction = correction - orthogonal * along.view(-1, *ones) * x0
@@ -48,10 +45,8 @@ def integrate_teacher(
         callback: called with (step, t (), x) at the start and after each step.
     Raises: ValueError for another solver or fewer than one step.
     """
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"solver {solver!r}: must be 'euler' or 'heun'")
-    if steps < 1:
-        raise ValueError(f"steps = {steps}: must be at least 1")
+    if solver not in ("euler", "heun") or steps < 1:
+        raise ValueError(f"solver {solver!r}, {steps} steps: must be 'euler' or 'heun', 1 or more")
     t = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).to(x)
     if callback:
         callback(0, t[0], x)
@@ -92,19 +87,24 @@ def check_teacher(
     t_x = t.view(-1, *[1] * (x_0.ndim - 1))
     x = (1 - t_x) * x_0 + t_x * eps
     v = eps - x_0
-    errors, slopes = {}, {}
+
+    def error(u: Tensor) -> float:
+        return float((u - v).square().mean())
+
+    # At which time, and read as what, the output comes closest to eps - x_0.
+    slopes, errors = {}, {}
     times = {"t": t, "1 - t": 1 - t, "1000 t": 1000 * t, "1000 (1 - t)": 1000 * (1 - t)}
     for name, time in times.items():
-        u = teacher(x, time)
-        slopes[name] = slope = float((u * v).sum() / u.square().sum().clamp(min=EPS))
-        readings = {"u": slope * u, "eps": (u - x) / (1 - t_x), "x_0": (x - u) / t_x}
-        errors |= {(name, kind): float((r - v).square().mean()) for kind, r in readings.items()}
-    (name, kind), error = min(errors.items(), key=lambda item: item[1])
-    slope = slopes[name]
+        output = teacher(x, time)
+        slopes[name] = float((output * v).sum() / output.square().sum().clamp(min=EPS))
+        errors[name, "u"] = error(slopes[name] * output)
+        errors[name, "eps"] = error((output - x) / (1 - t_x))
+        errors[name, "x_0"] = error((x - output) / t_x)
+    name, kind = min(errors, key=errors.get)
+    slope, size = slopes[name], f"{abs(slopes[name]):.3g}"
     # What knows t and nothing of the data's shape: the best multiple of x, for data of this size.
     a = (1 - t_x) * x_0.square().mean()
-    linear = (t_x - a) / ((1 - t_x) * a + t_x**2) * x
-    linear = float((linear - v).square().mean())
+    linear = error((t_x - a) / ((1 - t_x) * a + t_x**2) * x)
 
     checks = "t direction", "sign", "scale", "x_0 = x - t u", "near t = 1", "own sampler"
     found = dict.fromkeys(checks, "ok")
@@ -115,26 +115,28 @@ def check_teacher(
     if "1000" in name:
         found["scale"] = f"the model fits better at {name}: multiply the time by 1000"
     elif kind == "u" and abs(abs(slope) - 1) > 0.1:
-        size = f"{abs(slope):.3g}"
         found["scale"] = f"eps - x_0 is {size} times the output on average: multiply it by {size}"
     if kind != "u":
         convert = {"eps": "(output - x) / (1 - t)", "x_0": "(x - output) / t"}[kind]
         found["x_0 = x - t u"] = f"the output is {kind}, not a velocity: u = {convert}"
-    elif error > 1.02 * linear:
+    elif errors[name, kind] > 1.02 * linear:
         found["x_0 = x - t u"] = (
             "the best multiple of x is closer to eps - x_0: "
             "look at the scale of the model's input, its conditioning, its training"
         )
-    wrong = any(result != "ok" for result in found.values())
-    later = "not checked: the conversion to u comes first"
-    found["near t = 1"] = later if wrong else _check_start(teacher, x_0, eps)
-    found["own sampler"] = "not checked: no noise and end"
-    if noise is not None and end is not None:
-        off = integrate_teacher(teacher, noise, steps, shift) - end
-        off = float(off.square().mean().sqrt() / end.square().mean().sqrt().clamp(min=EPS))
-        found["own sampler"] = "ok" if off < 0.1 else (
+    if set(found.values()) == {"ok"}:
+        found["near t = 1"] = _check_start(teacher, x_0, eps)
+    else:
+        found["near t = 1"] = "not checked: the conversion to u comes first"
+    if end is None:
+        found["own sampler"] = "not checked: no noise and end"
+        return found
+    off = endpoint_rmse(integrate_teacher(teacher, noise, steps, shift), end)
+    off /= max(endpoint_rmse(end, torch.zeros_like(end)), EPS)
+    if not off < 0.1:
+        found["own sampler"] = (
             f"{off:.0%} away from where it ends: compare schedule, shift, conditioning, dropout"
-        )  # fmt: skip
+        )
     return found
 
 

@@ -1229,7 +1229,6 @@ def bad_calls():
         "nfe = 0": lambda: sample(lambda x, t: policy, x, nfe=0),
         "nfe = -1": lambda: flow_map_schedule(-1),
         "nfe = 0:": lambda: pi_id_data_dependent(Teacher().student, Teacher(), x, nfe=0),
-        "x is missing": lambda: guided_velocity(x, x, 2.0, 0.5, orthogonal=1.0),
     }  # fmt: skip
 
 
