@@ -51,7 +51,7 @@ class Settings(ToySettings):
     prompt_cache: Path | None = setting(None, "file of the prompt embeddings, read if it exists")
     base: str | None = setting(None, "folder or Hub name in place of " + QWEN.repo)
     quantize: str = setting("none", loading.QUANTIZE_HELP, choices=loading.BYTES_PER_WEIGHT)
-    offload: str = setting("none", loading.offload_help(OFFLOADS), choices=OFFLOADS)
+    offload: str = setting("none", loading.OFFLOAD_HELP, choices=OFFLOADS)
     one_branch: bool = setting(
         False, "one guidance branch at a time: half the activation memory, more time"
     )
@@ -152,16 +152,16 @@ def load_teacher(settings: Settings, device: torch.device) -> tuple[Any, list[dm
         encoded = encoded or encode(pipe, prompts)
     else:
         modules = loading.empty_components(QWEN, s.base)
-        sizes = loading.component_sizes(QWEN, modules, s.base, s.quantize)
-        text = {"text_encoder": sizes.pop("text_encoder")}
+        text = {"text_encoder": modules.pop("text_encoder")}
+        rows = 1 if s.one_branch else 2
         pixels = s.height * s.width
         policy = 12 * 4 * s.components * 16 * pixels / 64  # its parameters, Adam, rollout
-        for part, weights, other in (("text encoder", text, 0.0), ("transformer", sizes, policy)):
+        for part, nets, other in (("text encoder", text, 0.0), ("transformer", modules, policy)):
             if part == "transformer" or encoded is None:
-                weights = loading.weights_on_gpu(weights, s.offload) + other
-                need = loading.memory_needed(weights, QWEN, pixels, 1 if s.one_branch else 2)
+                weights = loading.weights_on_gpu(QWEN, nets, s.quantize, s.offload)
+                need = loading.memory_needed(weights + other, QWEN, pixels, rows)
                 helps = "--quantize nf4, --offload group or --one-branch"
-                print(f"{part}:", loading.check_memory(need, device, "weights and work", helps))
+                print(f"{part}:", loading.check_memory(need, device, helps))
         if encoded is None:
             encoded = encode(load(("transformer", "vae")), prompts)
             loading.release_memory()

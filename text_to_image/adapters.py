@@ -16,7 +16,6 @@ data: safetensors and JSON; a file that could hold a program is not opened.
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +25,17 @@ from torch import Tensor, nn
 
 from common import files
 from piflow_minimal import DXPolicy, GaussianMixture, GMFlowPolicy
-from text_to_image.families import PATCH, naming, require_package, unpack
+from text_to_image.families import PATCH, naming, unpack
 
 LORA_NAME = "piflow"
 REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter
-MODES = ("grid", "polynomial")
-RANGES = {"segment_size": 1.0, "shift": 1000.0}  # of a DX policy: above 0, at most this
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+RANGES = {"segment_size": 1.0, "shift": 1000.0}  # of a DX policy: above 0, at most this
+ACCEPTED = {
+    "GMFlow": "its GMFlow head has no settings",
+    "DX": "its DX head needs segment_size (0 to 1) and shift, or shift and mode polynomial, as "
+    '--policy \'{"segment_size": 0.2857, "shift": 3.2}\' states them',
+}
 
 
 # ---- From network output to policy ---------------------------------------------------------------
@@ -46,14 +49,12 @@ class GMHead(nn.Module):
     gradient goes back into that embedding.
     """
 
-    def __init__(self, width: int, channels: int, components: int, inner: int, layers: int = 2):
+    def __init__(self, width: int, channels: int, components: int, inner: int):
         super().__init__()
         self.means = nn.Linear(width, components * channels)
         self.logweights = nn.Linear(width, components * PATCH**2)
-        widths = [width, *[inner] * (layers - 1), 1]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
         self.logstds = nn.Sequential(
-            *(module for pair in pairs for module in (nn.SiLU(), nn.Linear(*pair)))
+            nn.SiLU(), nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, 1)
         )
         self.embedding = None  # (B, width)
 
@@ -95,11 +96,12 @@ class PolicySpec:
 
     def settings(self) -> dict:
         """As the published files state them."""
-        if self.kind == "GMFlow":
-            return {"type": "GMFlow"}
-        if self.mode == "polynomial":
-            return {"type": "DX", "mode": "polynomial", "shift": self.shift}
-        return {"type": "DX", "segment_size": self.segment_size, "shift": self.shift}
+        stated = {"type": self.kind}
+        if self.kind == "DX":
+            grid = self.mode == "grid"
+            stated |= {"segment_size": self.segment_size} if grid else {"mode": self.mode}
+            stated["shift"] = self.shift
+        return stated
 
 
 # ---- Adapters ------------------------------------------------------------------------------------
@@ -130,25 +132,29 @@ class Adapter(NamedTuple):
     def is_gm(self) -> bool:
         return "num_gaussians" in self.config
 
+    @property
+    def head(self) -> str:
+        """What the names of the head's tensors begin with."""
+        return "proj_out_" if self.is_gm else "proj_out."
+
 
 def read_adapter(where: str) -> Adapter:
     """Reads an adapter from a folder, or from the Hub: "user/repository[/folder]".
 
-    Raises: OSError if it cannot be read, ValueError if its metadata are not understood.
+    Raises: OSError or ValueError that names the file.
     """
     from safetensors import safe_open
 
-    what = f"adapter {where}"
-    config_file, weights = (_find(where, name, what) for name in ("config.json", WEIGHTS))
-    config = _json_object(config_file.read_bytes(), f"{what}: config.json")
-    with naming(f"{what}: {WEIGHTS} is damaged"), safe_open(weights, "pt") as file:
+    path = _find(where, "config.json")
+    with naming(f"{path}"):
+        config = dict(json.loads(path.read_bytes()))
+        sampling = config.pop("_sampling", None)
+        sampling = sampling and Sampling(**sampling)
+    path = _find(where, WEIGHTS)
+    with naming(f"{path}"), safe_open(path, "pt") as file:
         tensors = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
-        text = (file.metadata() or {}).get("policy_config")
-    policy = None if text is None else _json_object(text.encode(), f"{what}: policy_config")
-    sampling = config.pop("_sampling", None)
-    if sampling is not None:
-        with naming(f"{what}: _sampling in its config.json"):
-            sampling = Sampling(**sampling)
+        policy = (file.metadata() or {}).get("policy_config")
+        policy = policy and dict(json.loads(policy))
     return Adapter(where, config, tensors, policy, sampling)
 
 
@@ -164,31 +170,23 @@ def write_adapter(folder: str, adapter: Adapter) -> None:
         save_file(adapter.tensors, temporary, {"policy_config": json.dumps(adapter.policy)})
 
 
-def _find(where: str, file: str, what: str) -> Path:
-    """A file of a folder, or of a folder on the Hub. Raises: OSError or ValueError."""
+def _find(where: str, file: str) -> Path:
+    """A file of a folder, or of a folder on the Hub."""
     if Path(where).exists():
-        if not (Path(where) / file).is_file():
-            raise OSError(f"{what}: there is no {file}")
         return Path(where) / file
-    require_package("huggingface_hub", "downloading an adapter")
     from huggingface_hub import hf_hub_download
 
-    repository, folder = _on_hub(where, what)
-    with naming(what):
+    repository, folder = _on_hub(where)
+    with naming(f"adapter {where}"):
         return Path(hf_hub_download(repository, file, subfolder=folder))
 
 
-def _on_hub(where: str, what: str) -> tuple[str, str | None]:
+def _on_hub(where: str) -> tuple[str, str | None]:
     """ "user/repository[/folder]" -> repository, folder. Raises: OSError for another form."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", where)
     if not match:
-        raise OSError(f"{what} is no folder here, and not on the Hub (user/repository[/folder])")
+        raise OSError(f"{where} is neither here nor of the form user/repository[/folder] (Hub)")
     return match[1], match[2]
-
-
-def _json_object(text: bytes, what: str) -> dict:
-    with naming(f"{what} is not a JSON object"):
-        return dict(json.loads(text.decode("utf-8-sig")))
 
 
 def policy_of(
@@ -196,69 +194,46 @@ def policy_of(
 ) -> PolicySpec:
     """The policy of an adapter: `override` before its own metadata, before what is `known` of it.
 
-    Raises: ValueError for unknown or missing settings, or a type that its head does not have.
+    Raises: ValueError for settings that its head does not have, or that are missing.
     """
-    kind = "GMFlow" if adapter.is_gm else "DX"
+    kind, needed = ("GMFlow", {"type"}) if adapter.is_gm else ("DX", {"type", "mode", *RANGES})
     settings = {"type": kind, **(known or {}), **(adapter.policy or {}), **(override or {})}
-    name = f"adapter {adapter.name}"
-    if settings.pop("type") != kind:
-        raise ValueError(f"{name}: its head is of type {kind!r}, its policy is not")
-    needed = []
     if kind == "DX":
-        needed = ["shift"] if settings.get("mode") == "polynomial" else ["segment_size", "shift"]
-    if missing := [key for key in needed if key not in settings]:
-        raise ValueError(
-            f"{name} is a DX adapter, and its file does not say its {missing}: give them as "
-            '--policy \'{"segment_size": 0.2857, "shift": 3.2}\''
-        )
-    allowed = ["segment_size", "shift", "mode"] if kind == "DX" else []
-    fits = settings.keys() <= set(allowed) and settings.get("mode", "grid") in MODES
+        settings = {"mode": "grid"} | settings
+    if settings.get("mode") == "polynomial":
+        settings["segment_size"] = 1.0  # which it does not use
+    fits = settings.keys() == needed and settings["type"] == kind
+    fits = fits and settings.get("mode", "grid") in ("grid", "polynomial")
     for key, high in RANGES.items():
         value = settings.get(key, 1.0)
         fits = fits and isinstance(value, int | float) and 0 < value <= high
     if not fits:
-        accepted = "segment_size in (0, 1], shift in (0, 1000], mode grid or polynomial"
-        raise ValueError(f"policy {settings}: {kind} has {accepted if allowed else 'no settings'}")
-    return PolicySpec(kind, **settings)
+        raise ValueError(f"adapter {adapter.name}: policy {settings}; {ACCEPTED[kind]}")
+    return PolicySpec(settings.pop("type"), **settings)
 
 
 def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
     """Whether an adapter fits a base transformer, which may be on the meta device.
 
-    Raises: ValueError that names the base it belongs to, or the settings or tensors that differ.
+    Raises: ValueError that names the setting or the tensors that differ.
     """
-    base, config, name = transformer.config, adapter.config, f"adapter {adapter.name}"
-    made_for = re.sub("^(GM|DX)", "", config.get("_class_name", "an unknown class"))
-    if made_for != type(transformer).__name__:
-        raise ValueError(f"{name} is for {made_for}, the base is a {type(transformer).__name__}")
-    for key, value in config.items():
-        # the exporters write these three of the head, not of the base
-        if key.startswith("_") or key in ("patch_size", "out_channels") or key not in base:
-            continue
-        own = list(base[key]) if isinstance(base[key], tuple) else base[key]
-        if value != own:
-            raise ValueError(f"{name} is for a base with {key} {value}, this one has {base[key]}")
-
-    expected = expected_shapes(transformer, adapter)
+    name, made_for = f"adapter {adapter.name}", adapter.config.get("_class_name", "")
+    own = {"class": type(transformer).__name__, **transformer.config}
+    for key, value in {"class": re.sub("^(GM|DX)", "", made_for), **adapter.config}.items():
+        # the exporters write these two of the head, not of the base
+        if key in own and key[0] != "_" and key not in ("patch_size", "out_channels"):
+            here = list(own[key]) if isinstance(own[key], tuple) else own[key]
+            if value != here:
+                raise ValueError(f"{name} is for a base with {key} {value}, this one has {here}")
+    needed = expected_shapes(transformer, adapter)
     given = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
-    problems = {
-        "unknown": sorted(given.keys() - expected.keys()),
-        "missing": sorted(expected.keys() - given.keys()),
-        "of another shape": [
-            f"{key} {given[key]} in place of {shape}"
-            for key, shape in expected.items()
-            if given.get(key, shape) != shape
-        ],
-        "not finite": sorted(k for k, v in adapter.tensors.items() if not v.isfinite().all()),
-    }
-    if any(problems.values()):
-        lists = (f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{name} does not fit; tensors {'; '.join(lists)}")
-
-
-def _first(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    wrong = [
+        f"{key} is {given.get(key, 'missing')}, needed is {needed.get(key, 'nothing')}"
+        for key in sorted(given | needed)
+        if given.get(key) != needed.get(key)
+    ]
+    if wrong:
+        raise ValueError(f"{name}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:8])}")
 
 
 def expected_shapes(transformer: nn.Module, adapter: Adapter) -> dict[str, tuple]:
@@ -269,42 +244,35 @@ def expected_shapes(transformer: nn.Module, adapter: Adapter) -> dict[str, tuple
     """
     modules, parameters, expected = dict(transformer.named_modules()), _parameters(transformer), {}
     for key, tensor in adapter.tensors.items():
-        if key in parameters and not key.startswith("proj_out."):
+        if key in parameters:
             expected[key] = tuple(parameters[key].shape)
-        target, _, half = key.rpartition(".lora_")
-        layer = modules.get(target)
-        if half in ("A.weight", "B.weight") and hasattr(layer, "in_features") and tensor.ndim == 2:
-            rank = tensor.shape[0 if half == "A.weight" else 1]
-            expected.setdefault(f"{target}.lora_A.weight", (rank, layer.in_features))
-            expected.setdefault(f"{target}.lora_B.weight", (layer.out_features, rank))
-    linear = transformer.norm_out.linear
-    expected["norm_out.linear.weight"] = (linear.out_features, linear.in_features)
-    if linear.bias is not None:
-        expected["norm_out.linear.bias"] = (linear.out_features,)
-    with torch.device("meta"):
-        head = _empty_head(transformer, adapter)
-    prefix = "proj_out_" if adapter.is_gm else "proj_out."
-    return expected | {prefix + key: tuple(p.shape) for key, p in head.state_dict().items()}
+        layer = modules.get(key.removesuffix(".lora_A.weight"))
+        if hasattr(layer, "in_features"):
+            expected[key] = (len(tensor), layer.in_features)
+            expected[key.replace("lora_A", "lora_B")] = (layer.out_features, len(tensor))
+    for prefix, part in _new_parts(transformer, adapter).items():
+        expected |= {prefix + key: tuple(p.shape) for key, p in part.state_dict().items()}
+    return expected
 
 
 def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """By the names they have where no LoRA is loaded."""
-    return {k.replace(".base_layer.", "."): p for k, p in transformer.named_parameters()}
+    """What an adapter may overwrite, by the names that it has where no LoRA is loaded."""
+    parameters = {k.replace(".base_layer.", "."): p for k, p in transformer.named_parameters()}
+    return {k: p for k, p in parameters.items() if not k.startswith(("norm_out.", "proj_out."))}
 
 
-def _empty_head(transformer: nn.Module, adapter: Adapter) -> nn.Module:
-    """The head that an adapter's config describes. Raises: ValueError if it describes none."""
-    width, channels = transformer.norm_out.linear.in_features, transformer.config["in_channels"]
-    config = adapter.config
-    with naming(f"adapter {adapter.name}: config.json"):
+def _new_parts(transformer: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+    """The layer of the output norm and the head, on the meta device, by prefixes of their names."""
+    old, config = transformer.norm_out.linear, adapter.config
+    width, channels = old.in_features, transformer.config["in_channels"]
+    with naming(f"adapter {adapter.name}: config.json"), torch.device("meta"):
+        norm = nn.Linear(width, old.out_features, old.bias is not None)
         if adapter.is_gm:
             inner = config.get("logstd_inner_dim", 1024)
-            layers = config.get("gm_num_logstd_layers", 2)
-            return GMHead(width, channels, config["num_gaussians"], inner, layers)
-        if config["out_channels"] % channels:
-            given = f"out_channels {config['out_channels']}"
-            raise ValueError(f"{given}, not a multiple of the base's {channels} channels")
-        return nn.Linear(width, config["out_channels"], bias="proj_out.bias" in adapter.tensors)
+            head = GMHead(width, channels, config["num_gaussians"], inner)
+        else:
+            head = nn.Linear(width, config["out_channels"], "proj_out.bias" in adapter.tensors)
+    return {"norm_out.linear.": norm, adapter.head: head}
 
 
 def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) -> None:
@@ -315,28 +283,23 @@ def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) 
     into quantised weights, in bfloat16 fusing would round small updates away, and `scale` (of the
     LoRA alone) and further LoRAs can be set later.
 
-    Raises: ValueError as `check_adapter`, before anything is changed; ImportError without peft.
+    Raises: ValueError as `check_adapter`, before anything is changed.
     """
-    require_package("peft", "an adapter's LoRA")
     check_adapter(transformer, adapter)
-    old = transformer.norm_out.linear
-    place = {"device": old.weight.device, "dtype": transformer.dtype}
+    place = {"device": transformer.norm_out.linear.weight.device, "dtype": transformer.dtype}
     tensors = {key: value.to(**place) for key, value in sorted(adapter.tensors.items())}
-
     for key, parameter in _parameters(transformer).items():
-        if key in tensors and not key.startswith(("proj_out.", "norm_out.")):
+        if key in tensors:
             parameter.data.copy_(tensors[key])
     lora = {key: value for key, value in tensors.items() if ".lora_" in key}
     if lora:
         transformer.load_lora_adapter(lora, prefix=None, adapter_name=LORA_NAME)
         transformer.set_adapters([LORA_NAME], [scale])
-    bias = "norm_out.linear.bias" in tensors
-    transformer.norm_out.linear = nn.Linear(old.in_features, old.out_features, bias).to(**place)
-    transformer.proj_out = _empty_head(transformer, adapter).to(**place)
-    prefix = "proj_out_" if adapter.is_gm else "proj_out."
-    for path, start in (("norm_out.linear", "norm_out.linear."), ("proj_out", prefix)):
-        own = {key[len(start) :]: v for key, v in tensors.items() if key.startswith(start)}
-        transformer.get_submodule(path).load_state_dict(own)
+    parts = _new_parts(transformer, adapter)
+    for prefix, part in parts.items():
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        part.load_state_dict(own, assign=True)
+    transformer.norm_out.linear, transformer.proj_out = parts.values()
     if adapter.is_gm:
         transformer.proj_out.watch(transformer.norm_out)
     transformer.eval().requires_grad_(False)
@@ -354,56 +317,35 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> dic
     Args: pipeline: class of the base pipeline; modules: its transformer and text encoders, which
         may be on the meta device; where: a file, a folder with one, or on the Hub
         "user/repository[/folder/file.safetensors]".
-    Raises: OSError or ValueError if it cannot be read, fits no layer, or a layer of another size.
+    Raises: OSError or ValueError if it cannot be read, or if no layer of the base uses it.
     Warns: once, if layers are not used, because the base has none or the adapter replaces them.
     """
-    what, place, folder, name = f"LoRA {where}", where, None, None
+    place, folder, name = where, None, None
     if not Path(where).exists():
-        place, folder = _on_hub(where, f"{what}: it")
-        name = "pytorch_lora_weights.safetensors"
+        place, folder = _on_hub(where)
         if folder is not None and folder.endswith(".safetensors"):
             folder, _, name = folder.rpartition("/")
-    elif Path(where).is_dir():
-        count = len(list(Path(where).glob("*.safetensors")))
-        if count > 1:
-            raise ValueError(f"{what}: the folder has {count} .safetensors files; name one")
     source = {"pretrained_model_name_or_path_or_dict": place, "use_safetensors": True}
     source |= {"subfolder": folder or None, "weight_name": name}
-    layers = {
-        f"{part}.{name.removeprefix('text_model.')}": getattr(layer, "base_layer", layer)
-        for part in pipeline._lora_loadable_modules
-        for name, layer in modules[part].named_modules()
-    }
-    with naming(what):
+    with naming(f"LoRA {where}"):
         tensors = pipeline.lora_state_dict(**source)
-    halves: dict[str, set] = {}  # layer -> names of its tensors
-    for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
-            continue
-        if "lora" not in key:
-            raise ValueError(f"{what}: {key} is no part of a LoRA that diffusers reads")
-        key = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_", key)  # of kohya's text encoders
-        name, _, half = key.removesuffix(".weight").rpartition(".lora_")
-        name = name.replace("text_encoder.text_model.", "text_encoder.")  # as of transformers 5
-        halves.setdefault(name or key, set()).add(half)
-        if not tensor.isfinite().all():
-            raise ValueError(f"{what}: {key} is not finite")
-        layer = layers.get(name)
-        if half in ("A", "B") and isinstance(layer, nn.Linear):
-            given = tensor.shape[1] if half == "A" else tensor.shape[0]
-            own = layer.in_features if half == "A" else layer.out_features
-            if given != own:
-                raise ValueError(f"{what}: {name} has a side of {given}, in this base it has {own}")
-    if single := sorted(name for name in halves if halves[name] in ({"A"}, {"B"})):
-        raise ValueError(f"{what}: lora_A or lora_B is missing in {_first(single, 4)}")
-    other = sorted(halves.keys() - layers.keys())
-    replaced = sorted(name for name in halves.keys() & layers.keys() if name.startswith(REPLACED))
-    used = len(halves) - len(other) - len(replaced)
-    parts = {"not in this base": other, "replaced by the adapter": replaced}
-    notes = "; ".join(f"{kind}: {_first(names, 4)}" for kind, names in parts.items() if names)
-    if not used:
-        raise ValueError(f"{what}: none of its {len(halves)} layers is used; {notes}")
-    if notes:
-        counts = f"{used} of {len(halves)} layers are used"
-        warnings.warn(f"{what}: {counts}; {notes}", stacklevel=3)
+    own = {
+        f"{part}.{layer.removeprefix('text_model.')}"
+        for part in pipeline._lora_loadable_modules
+        for layer, _ in modules[part].named_modules()
+    }
+    names = {_layer_of(key) for key in tensors if not key.endswith(".alpha")}
+    unused = sorted(name for name in names if name not in own or name.startswith(REPLACED))
+    note = f"LoRA {where}: {len(names) - len(unused)} of {len(names)} layers are used; not in this "
+    note += f"base, or replaced by the adapter: {', '.join(unused[:4])}"
+    if len(unused) == len(names):
+        raise ValueError(note)
+    if unused:
+        warnings.warn(note, stacklevel=3)
     return source
+
+
+def _layer_of(key: str) -> str:
+    """The layer of a tensor of a LoRA, in the names of diffusers."""
+    key = re.sub(r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora_", key)  # of kohya's text encoders
+    return key.partition(".lora_")[0].replace("text_encoder.text_model.", "text_encoder.")

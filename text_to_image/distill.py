@@ -7,13 +7,10 @@
     torchrun --nproc-per-node 8 -m text_to_image.distill --prompts data/qwen --shard
     python -m text_to_image.generate --adapter outputs/t2i/adapter --prompt "a jay"
 
-One base, two roles (student.py). The base transformer is loaded once and frozen. Student: base with
-LoRA, its own output norm and policy head; these alone are trained. Teacher: the base without them.
-
-No images are needed (Algorithm 3): a sample starts from noise, its segments follow each other, and
-their gradients are summed. With --data-dependent it starts from noisy image latents (Algorithm 2),
-as the published adapters did. Presets without that flag: gm-qwen and gm-flux equal public data-free
-configurations, the others are data-free variants of data-dependent ones.
+The base transformer is loaded once and frozen: the teacher. The student is the base with a LoRA, an
+output norm and a policy head, which alone are trained (student.py). No images are needed: segments
+follow each other from noise (Algorithm 3). With --data-dependent they start from noisy image
+latents (Algorithm 2), as the published adapters did.
 
 The loop is common/train.py: the same command continues a run. In --out: config.json, stats.jsonl,
 adapter/ (the moving average, in the published layout), checkpoints/ (what is trained), pictures/
@@ -33,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import keep_freed_memory, parse, run_cli, setting
-from common.files import join, list_files, writing
+from common.files import join, write_text, writing
 from common.plots import image_rows
 from common.processes import Place, from_first, processes, rank
 from common.teachers import endpoint_rmse, integrate_teacher
@@ -41,7 +38,7 @@ from common.train import TrainSettings, train
 from piflow_minimal import PiIDLoss, pi_id_data_dependent, pi_id_data_free, sample, segment_of
 from text_to_image import cache_prompts, loading
 from text_to_image.adapters import PolicySpec, Sampling, write_adapter
-from text_to_image.families import FAMILIES, FINAL_STEP_SIZE_SCALE, SHIFT, Family, latent_shape
+from text_to_image.families import FAMILIES, FINAL_STEP_SIZE_SCALE, SHIFT, latent_shape
 from text_to_image.student import (
     TwoRoles,
     adapter_of,
@@ -49,10 +46,10 @@ from text_to_image.student import (
     make_teacher,
     read_trained,
     shard,
-)  # fmt: skip
-from text_to_image.tiny import GUIDANCE, SIDE, demo_pipeline
+)
+from text_to_image.tiny import GUIDANCE, demo_pipeline
 
-SIDE_OF_IMAGES = 1024  # pixels; published where embeddings are cached
+PICTURES = 4  # prompts and noises of an evaluation
 TINY_SCALE = 4.0  # of a random base's output layer, so that its trajectories bend
 TINY_PROMPTS = [
     f"{start} {name}" for start in ("a", "a photo of a", "the picture of one")
@@ -85,7 +82,6 @@ class Settings(TrainSettings):
     nfe: int = setting(4, "segments, one network evaluation each", low=1)
     lora_rank: int = setting(256, "rank of the LoRA", low=1)
     lora_dropout: float = setting(0.05, "dropout of the LoRA's inputs", low=0, high=0.99)
-    logstd_width: int = setting(1024, "inner width of the log-std head (gmflow)", low=1)
 
     guidance: float | None = setting(
         None, "teacher's guidance, by default the family's; FLUX embeds it, in the student too",
@@ -104,7 +100,6 @@ class Settings(TrainSettings):
         500, "iterations between pictures of pairs; 0: none", low=0, free=True,
         flag="picture-every",
     )  # fmt: skip
-    pictures: int = setting(4, "prompts and noises of the pictures", low=1, free=True)
     teacher_steps: int = setting(50, "Euler steps of the teacher in the pictures", low=1, free=True)
     export: str | None = setting(
         None, "write the adapter of this checkpoint, ours or a public .pth, and stop", path=True,
@@ -112,11 +107,9 @@ class Settings(TrainSettings):
     )  # fmt: skip
 
     @property
-    def side(self) -> int:
-        """Of the images, in pixels."""
-        if self.tiny:
-            return SIDE if self.family == "qwen" else 64
-        return SIDE_OF_IMAGES
+    def embedded_guidance(self) -> float | None:
+        """What teacher and student embed."""
+        return self.guidance if FAMILIES[self.family].embeds_guidance else None
 
     @property
     def spec(self) -> PolicySpec:
@@ -157,11 +150,10 @@ PRESETS = {
 def tiny(settings: Settings) -> Settings:
     """A preset's numbers for the small stand-ins."""
     return replace(
-        settings, tiny=True, out="outputs/t2i_tiny",
-        lora_rank=8, lora_dropout=0.0, logstd_width=32,
-        iterations=100, mixing_iterations=settings.mixing_iterations and 50, batch=4,
-        micro_batch=4, lr=2e-3, warmup=10, clip_start=20, ema_start=20, total_substeps=32,
-        checkpointing=False, save_every=100, device="cpu",
+        settings, tiny=True, out="outputs/t2i_tiny", lora_rank=8, lora_dropout=0.0, iterations=100,
+        mixing_iterations=settings.mixing_iterations and 50, batch=4, micro_batch=4, lr=2e-3,
+        warmup=10, clip_start=20, ema_start=20, total_substeps=32, checkpointing=False,
+        save_every=100, device="cpu",
     )  # fmt: skip
 
 
@@ -176,7 +168,8 @@ class Distillation:
         self.family, self.net, self.pairs = FAMILIES[s.family], pipe.transformer, None
         torch.manual_seed(s.seed)
         self.roles = two_roles(s, self.net)
-        self.embedded = s.guidance if self.family.embeds_guidance else None
+        side = pipe.default_sample_size * pipe.vae_scale_factor  # 1024, --tiny less
+        self.shape = latent_shape(pipe, side, side)
         if not s.shard:  # `shard` moves block by block
             self.net.to(device)
         if s.checkpointing:
@@ -198,8 +191,7 @@ class Distillation:
             x_0 = self.prompts.latents(places).to(self.device)
             yield 1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **options)
         else:
-            shape = latent_shape(self.pipe, s.side, s.side)
-            noise = self.family.draw_noise((len(rows), *shape))
+            noise = self.family.draw_noise((len(rows), *self.shape))
             yield from pi_id_data_free(student, teacher, noise.to(self.device), s.nfe, **options)
 
     def student_and_teacher(self, places: list[int]) -> tuple:
@@ -208,19 +200,17 @@ class Distillation:
         negative = self.prompts.negative
         if negative is not None:
             negative = negative.to(self.device, self.roles.dtype)
-        student = make_student(self.roles, conditions, self.s.spec, self.embedded)
+        student = make_student(self.roles, conditions, self.s.spec, self.s.embedded_guidance)
         return student, make_teacher(self.roles, conditions, negative, self.s.guidance)
 
     def evaluate(self, net: nn.Module, iteration: int) -> dict[str, float]:
         """Fixed prompts and noises: student beside teacher. -> endpoint RMSE in latents."""
         s = self.s
-        student, teacher = self.student_and_teacher(
-            [i % len(self.prompts) for i in range(s.pictures)]
-        )
+        places = [i % len(self.prompts) for i in range(PICTURES)]
+        student, teacher = self.student_and_teacher(places)
         if self.pairs is None:
             generator = torch.Generator().manual_seed(s.seed)
-            shape = s.pictures, *latent_shape(self.pipe, s.side, s.side)
-            noise = self.family.draw_noise(shape, generator).to(self.device)
+            noise = self.family.draw_noise((PICTURES, *self.shape), generator).to(self.device)
             ends = (integrate_teacher(teacher, noise, n, SHIFT) for n in (s.teacher_steps, s.nfe))
             self.pairs = noise, *ends
         noise, target, euler = self.pairs
@@ -245,135 +235,104 @@ class Distillation:
         return images.clamp(-1, 1).mul(127.5).add(127.5).byte().permute(0, 2, 3, 1).cpu()
 
     def export(self, state: dict[str, Tensor], folder: str | Path) -> None:
-        write_adapter(
-            join(folder, "adapter"), adapter_of(self.roles, state, self.s.spec, sampling(self.s))
-        )
-
-    def describe(self) -> dict:
-        return sampling(self.s)._asdict()
+        write_adapter(join(folder, "adapter"), adapter_of(self.roles, state, *stated(self.s)))
 
     def shard(self, net: nn.Module) -> None:
         shard(self.roles)
 
 
 def two_roles(s: Settings, net: nn.Module) -> TwoRoles:
-    """A base transformer with a student's parts in it. Raises: ValueError if it does not fit."""
-    family = FAMILIES[s.family]
-    if family.embeds_guidance and not net.config.get("guidance_embeds", False):
-        raise ValueError(f"--base {s.base} embeds no guidance, with which its teacher is queried")
+    """A base transformer with a student's parts in it."""
+    logstd_width = 32 if s.tiny else 1024
     return TwoRoles(
-        net, family, s.policy, s.components, s.lora_rank, s.lora_dropout, s.logstd_width
+        net, FAMILIES[s.family], s.policy, s.components, s.lora_rank, s.lora_dropout, logstd_width
     )
 
 
-def sampling(s: Settings) -> Sampling:
-    """What the adapter's file says about sampling."""
-    guidance = s.guidance if FAMILIES[s.family].embeds_guidance else None
-    return Sampling(
-        s.family, s.nfe, guidance, SHIFT, FINAL_STEP_SIZE_SCALE, s.total_substeps, "euler"
-    )
+def stated(s: Settings) -> tuple[PolicySpec, Sampling]:
+    """What the adapter's files say beside its weights."""
+    sampling = Sampling(
+        s.family, s.nfe, s.embedded_guidance, SHIFT, FINAL_STEP_SIZE_SCALE, s.total_substeps,
+        "euler",
+    )  # fmt: skip
+    return s.spec, sampling
 
 
 # ---- The run -------------------------------------------------------------------------------------
 
 
 def prepare(s: Settings, place: Place) -> Distillation:
-    """Loads base and prompts; everything that can be checked before is."""
+    """Loads prompts and base; what can be checked before is."""
     family = FAMILIES[s.family]
     if s.policy != "gmflow" and s.dropout:
         raise ValueError(f"--dropout {s.dropout}: a dx policy has no components to drop; use 0")
-    if s.tiny:
-        pipe, folder = tiny_base(s, family, place)
-        net = pipe.transformer
-    elif s.prompts is None:
+    if s.prompts is None and not s.tiny:
         raise ValueError("--prompts is missing: a folder of text_to_image.cache_prompts")
-    elif not list_files(s.prompts, "shard_"):
-        raise ValueError(f"--prompts {s.prompts}: no shards; see text_to_image.cache_prompts")
-    else:
-        folder, net = s.prompts, loading.empty_components(family, s.base)["transformer"]
-    base = "tiny" if s.tiny else s.base or family.repo
-    prompts = cache_prompts.PromptCache(folder, family, base, net.config.joint_attention_dim)
+    folder = s.prompts or tiny_prompts(s, place)
+    prompts = cache_prompts.PromptCache(folder, family, "tiny" if s.tiny else s.base or family.repo)
     if s.data_dependent and not prompts.has_latents:
         raise ValueError(f"--data-dependent: {folder} has no latents; cache_prompts --images")
-    if not s.tiny:
-        line = check_memory(s, net, place)
+    if s.tiny:
+        pipe = demo_pipeline(family)
+        if s.family != "qwen":  # random weights
+            pipe.transformer.proj_out.weight.data *= TINY_SCALE
+    else:
+        net = loading.empty_components(family, s.base)["transformer"]
+        if net.stored or (family.embeds_guidance and family.embedded_guidance(net) is None):
+            needed = "a teacher needs its full weights and, in FLUX, its embedded guidance"
+            raise ValueError(f"--base {s.base or family.repo}: {needed}")
+        helps = "--shard on several GPUs, --micro-batch 1, --checkpointing or --optimizer adamw8bit"
+        line = loading.check_memory(memory_needed(s, net, place.world), place.device, helps)
         if place.rank == 0:
             print(line)
-        pipe = loading.load_base(family, s.base, without=text_parts(family, s.base))
+        pipe = loading.load_base(family, s.base, without=family.text_parts)
     return Distillation(s, pipe, prompts, place.device)
 
 
-def check_memory(s: Settings, net: nn.Module, place: Place) -> str:
-    """One line, printed before anything is loaded. net: on the meta device; gets a student's parts.
+def memory_needed(s: Settings, net: nn.Module, world: int) -> float:
+    """Bytes per GPU. net: the base on the meta device; it gets a student's parts.
 
-    Raises: ValueError if the GPU has less, or the base is stored quantised.
+    2 for a frozen parameter; 4 each for weight, gradient and average of a trained one, 8 (2 in 8
+    bits) for its moments; divided by the processes if sharded, but for two blocks.
     """
-    if net.quantized:
-        raise ValueError(f"--base {s.base} is stored quantised; a teacher needs its full weights")
     frozen = sum(p.numel() for p in net.parameters())
+    layers = net.config.num_layers + net.config.get("num_single_layers", 0)
     with torch.device("meta"):
         trained = sum(p.numel() for p in two_roles(s, net).trained().values())
-    layers = net.config.num_layers + net.config.get("num_single_layers", 0)
-    need = memory_needed(s, frozen, trained, layers, place.world)
-    parts = f"each GPU ({frozen / 1e9:.1f}e9 frozen, {trained / 1e9:.2f}e9 trained parameters)"
-    helps = "--shard on several GPUs, --micro-batch 1, --checkpointing or --optimizer adamw8bit"
-    return loading.check_memory(need, place.device, parts, helps)
-
-
-def memory_needed(s: Settings, frozen: int, trained: int, layers: int, world: int) -> float:
-    """Bytes per GPU: 2 for a frozen parameter, 4 each for weight, gradient and average of a trained
-    one, 8 (2 in 8 bits) for its moments; divided by the processes if sharded, but for two blocks.
-    """
-    weights = 2 * frozen + trained * (12 + (8 if s.optimizer == "adamw" else 2))
+    weights = 2 * frozen + trained * (20 if s.optimizer == "adamw" else 14)
     if s.shard:
         weights = weights / world + 2 * 2 * frozen / layers
     kept = layers if s.checkpointing else 40 * layers
-    return loading.memory_needed(weights, FAMILIES[s.family], s.side**2, s.micro_batch, kept)
+    return loading.memory_needed(weights, FAMILIES[s.family], 1024**2, s.micro_batch, kept)
 
 
-def text_parts(family: Family, base: str | None) -> list[str]:
-    """The components of the pipeline that only encode prompts."""
-    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "processor")
-    pipeline = loading.pipeline_class(family)
-    return [name for name in names if name in pipeline.load_config(base or family.repo)]
-
-
-def tiny_base(s: Settings, family: Family, place: Place) -> tuple[Any, str]:
-    """A small pipeline, and a folder with a few cached prompts."""
-    pipe = demo_pipeline(family)
-    if family.name != "qwen":  # random weights
-        pipe.transformer.proj_out.weight.data *= TINY_SCALE
-    folder = s.prompts or str(Path(s.out) / "prompts")
-    if s.prompts is None and place.rank == 0:
-        source = Path(s.out) / "prompts.txt"
-        source.parent.mkdir(parents=True, exist_ok=True)
-        source.write_text("\n".join(TINY_PROMPTS) + "\n")
-        length = 512 if family.name == "qwen" else 40  # its template comes before the prompt
-        cached = cache_prompts.Settings(
-            str(source), Path(folder), family.name, tiny=True, max_length=length
-        )
-        cache_prompts.cache(cached, Place(0, 1, place.device), pipe)
+def tiny_prompts(s: Settings, place: Place) -> str:
+    """A folder with a few cached prompts, written by the first process."""
+    source, folder = join(s.out, "prompts.txt"), join(s.out, "prompts")
+    if place.rank == 0:
+        write_text(source, "\n".join(TINY_PROMPTS) + "\n")
+        cached = cache_prompts.Settings(source, folder, s.family, tiny=True, max_length=40)
+        cache_prompts.cache(cached, Place(0, 1, place.device))
     from_first(None)
-    return pipe, folder
+    return folder
 
 
 def export_checkpoint(s: Settings) -> str:
     """Writes the adapter of a checkpoint, the moving average. -> its folder."""
-    family = FAMILIES[s.family]
+    family, folder = FAMILIES[s.family], join(s.out, "adapter")
     if s.tiny:
         net = demo_pipeline(family).transformer.to("meta")
     else:
         net = loading.empty_components(family, s.base)["transformer"]
     with torch.device("meta"):
         roles = two_roles(s, net)
-    adapter = adapter_of(roles, read_trained(s.export, roles, s.spec), s.spec, sampling(s))
-    write_adapter(join(s.out, "adapter"), adapter)
-    return join(s.out, "adapter")
+    weights = read_trained(s.export, roles, s.spec)
+    write_adapter(folder, adapter_of(roles, weights, *stated(s)))
+    return folder
 
 
 def parse_arguments(argv: list[str] | None = None) -> Settings:
     """The flags of the command line; --tiny and --data-dependent change the presets' values."""
-
     argv = sys.argv[1:] if argv is None else argv
     presets = PRESETS
     if "--data-dependent" in argv:  # as published: 256 images, one segment each
@@ -395,9 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"the adapter is {export_checkpoint(s)}")
         return
     with processes(s.device) as place:
-        state = train(s, prepare(s, place), place)
-    if place.rank == 0 and state.iteration >= s.iterations:
-        print(f"the adapter is {join(s.out, 'adapter')}")
+        train(s, prepare(s, place), place)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 PATCH = 2  # latent pixels per token and side
-REFERENCE_AREA = 1024 * 1024  # in pixels; larger reference images are shrunk to it
 SHIFT = 3.2  # of the sampler's steps, and of the DX grids, in all published adapters
 FINAL_STEP_SIZE_SCALE = 0.5  # the last step is half as long
 
@@ -47,17 +47,17 @@ def import_diffusers() -> Any:
 
 @contextlib.contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Errors of a library, of whatever type, become one that begins with `what`: the file at fault.
+    """Errors in the block, of whatever type, become one that begins with `what`: the file at fault.
 
     Raises: OSError for an OSError, else ValueError; ImportError and lack of memory as they are.
     """
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
+    except (ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
-        known = isinstance(error, OSError | ValueError) and str(error)
+        known = isinstance(error, OSError | ValueError)
         reason = error if known else f"{type(error).__name__} {error}"
         raise kind(f"{what}: {reason}") from error
 
@@ -111,25 +111,24 @@ class Conditions(NamedTuple):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Conditions":
         """The same there; floating-point parts in `dtype`."""
-
-        def move(value: Tensor | None) -> Tensor | None:
-            if value is None or not value.is_floating_point():
-                return value if value is None else value.to(device)
-            return value.to(device, dtype)
-
-        return Conditions(*map(move, self))
+        moved = {}
+        for name, value in self._asdict().items():
+            if value is not None:
+                moved[name] = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return Conditions(**moved)
 
     @staticmethod
     def stack(parts: Sequence["Conditions"]) -> "Conditions":
         """Prompts of different lengths as one batch, padded and masked (Qwen)."""
-        length = max(part.embeds.shape[1] for part in parts)
         embeds, masks = [], []
-        for embed, mask, *_ in parts:
-            mask = embed.new_ones(embed.shape[:2], dtype=torch.bool) if mask is None else mask
-            embeds.append(F.pad(embed, (0, 0, 0, length - embed.shape[1])))
-            masks.append(F.pad(mask.bool(), (0, length - mask.shape[1])))
-        mask = torch.cat(masks)
-        return Conditions(torch.cat(embeds), None if mask.all() else mask)
+        for part in parts:
+            ones = torch.ones_like(part.embeds[..., 0])
+            embeds.extend(part.embeds)
+            masks.extend((ones if part.mask is None else part.mask).bool())
+        mask = pad_sequence(masks, batch_first=True)
+        pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
+        embeds = pad_sequence(embeds, batch_first=True)
+        return Conditions(embeds, None if mask.all() else mask, pooled)
 
 
 # ---- The families --------------------------------------------------------------------------------
@@ -143,7 +142,9 @@ class Family:
     pipeline: str  # classes of diffusers
     transformer: str
     big_text_encoder: str  # the component worth quantising beside the transformer
+    text_parts = ("text_encoder", "tokenizer")  # components that only encode prompts
     keep = ("norm_out", "proj_out")  # modules that are never quantised
+    encodes = ("embeds",)  # what the pipeline's encode_prompt returns first
     width: int  # of the transformer's hidden state
     guidance: float  # the teacher's, at which the published adapters were distilled
     embeds_guidance = True  # else two branches: with the prompt, and with negative_prompt
@@ -158,23 +159,14 @@ class Family:
         self, pipe: Any, prompts: Sequence[str], max_length: int = 512
     ) -> Conditions:
         """By the pipeline's text encoders, on its execution device."""
-        embeds, second, *_ = pipe.encode_prompt(
+        encoded = pipe.encode_prompt(
             prompt=list(prompts), device=pipe._execution_device, max_sequence_length=max_length
         )
-        return self._conditions(embeds, second)
-
-    def _conditions(self, embeds: Tensor, second: Any) -> Conditions:
-        """From what the pipeline's `encode_prompt` returns first and second."""
-        return Conditions(embeds)
+        return Conditions(**dict(zip(self.encodes, encoded, strict=False)))
 
     def embedded_guidance(self, transformer: nn.Module) -> float | None:
-        """The guidance to embed by default; None if this transformer embeds none.
-
-        Raises: ValueError if it embeds one although the family has none.
-        """
-        embeds = transformer.config.get("guidance_embeds", False)
-        if embeds and not self.embeds_guidance:
-            raise ValueError(f"the transformer embeds a guidance; {self.name} adapters have none")
+        """The guidance to embed by default; None if this transformer embeds none."""
+        embeds = self.embeds_guidance and transformer.config.get("guidance_embeds", False)
         return self.guidance if embeds else None
 
     def draw_noise(self, shape: Sequence[int], generator: Any = None) -> Tensor:
@@ -230,12 +222,11 @@ class Family:
     @torch.no_grad()
     def encode(self, pipe: Any, images: Tensor) -> Tensor:
         """The inverse of `decode`: images (B, 3, 8 H, 8 W) in [-1, 1] -> latents (B, C, H, W)."""
-        latents = []
-        for image in images.to(pipe.vae.device, pipe.vae.dtype).split(1):
-            image = image[:, :, None] if self.vae_of_videos else image
-            latent = pipe.vae.encode(image).latent_dist.mode().float()
-            latents.append(latent[:, :, 0] if self.vae_of_videos else latent)
-        return self._scaled(pipe.vae, torch.cat(latents), backward=True)
+        images = images.to(pipe.vae.device, pipe.vae.dtype)
+        images = images[:, :, None] if self.vae_of_videos else images
+        x = pipe.vae.encode(images).latent_dist.mode().float()
+        x = x[:, :, 0] if self.vae_of_videos else x
+        return self._scaled(pipe.vae, x, backward=True)
 
 
 class Qwen(Family):
@@ -246,6 +237,7 @@ class Qwen(Family):
     pipeline = "QwenImagePipeline"
     transformer = "QwenImageTransformer2DModel"
     big_text_encoder = "text_encoder"
+    encodes = ("embeds", "mask")  # None where no prompt is padded
     width = 3072
     guidance = 4.0
     embeds_guidance = False
@@ -256,9 +248,6 @@ class Qwen(Family):
         r"transformer_blocks\.(?!{last}\.)\d+\.txt_mlp\.net\.(0\.proj|2)|"
         r"time_text_embed\.timestep_embedder\.linear_[12]"
     )
-
-    def _conditions(self, embeds: Tensor, second: Any) -> Conditions:
-        return Conditions(embeds, mask=second)  # None where no prompt is padded
 
     def _add_inputs(self, inputs: dict, x: Tensor, conditions: Conditions) -> None:
         inputs["encoder_hidden_states_mask"] = conditions.mask
@@ -276,6 +265,8 @@ class Flux(Family):
     pipeline = "FluxPipeline"
     transformer = "FluxTransformer2DModel"
     big_text_encoder = "text_encoder_2"
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    encodes = ("embeds", "pooled")
     keep = ("norm_out",)  # proj_out would also match the largest layers of the single blocks
     width = 3072
     guidance = 3.5
@@ -284,9 +275,6 @@ class Flux(Family):
         r"transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)|"
         r"time_text_embed\.timestep_embedder\.linear_[12]"
     )
-
-    def _conditions(self, embeds: Tensor, second: Any) -> Conditions:
-        return Conditions(embeds, pooled=second)
 
     def _add_inputs(self, inputs: dict, x: Tensor, conditions: Conditions) -> None:
         """Ids (0, row, column), no batch axis; all text tokens are at 0."""
@@ -344,12 +332,12 @@ class Flux2(Family):
         step. Raises: ValueError if an image is too small or too narrow for it.
         """
         processor, tensors = pipe.image_processor, []
-        for i, image in enumerate(images):
-            with naming(f"reference image {i + 1}"):
+        for i, image in enumerate(images, 1):
+            with naming(f"reference image {i}"):
                 processor.check_image_input(image)
-                size = reference_size(pipe, image)
-                image = _shrunk(pipe, image)
-                tensors.append(processor.preprocess(image, *size, resize_mode="crop"))
+            size = reference_size(pipe, image)
+            image = processor._resize_if_exceeds_area(image)
+            tensors.append(processor.preprocess(image, *size, resize_mode="crop"))
         return pipe.prepare_image_latents(
             tensors, samples, None, pipe._execution_device, pipe.vae.dtype
         )
@@ -364,14 +352,8 @@ FAMILIES = {family.name: family for family in (Qwen(), Flux(), Flux2())}
 
 def reference_size(pipe: Any, image: Any) -> tuple[int, int]:
     """(height, width) that a PIL image has as a reference: at most a megapixel, multiples of 16."""
-    image, step = _shrunk(pipe, image), size_step(pipe)
+    image, step = pipe.image_processor._resize_if_exceeds_area(image), size_step(pipe)
     return image.height // step * step, image.width // step * step
-
-
-def _shrunk(pipe: Any, image: Any) -> Any:
-    if image.width * image.height <= REFERENCE_AREA:
-        return image
-    return pipe.image_processor._resize_to_target_area(image, REFERENCE_AREA)
 
 
 def to_pil(pipe: Any, images: Tensor) -> list[Any]:

@@ -52,7 +52,7 @@ from text_to_image.adapters import (
 )
 from text_to_image.few_step import FewStep, Result, read_reference
 from text_to_image.page import open_page
-from text_to_image.prompts import KNOWN, read_prompt_file
+from text_to_image.prompts import KNOWN, read_source
 from text_to_image.tiny import ADAPTERS, demo_pipeline
 
 
@@ -127,11 +127,10 @@ def load(
     check_adapter(modules["transformer"], found)
     styles = [read_style(pipeline, modules, style) for style, _ in loras]
     if not tiny:
-        sizes = loading.component_sizes(family, modules, base, quantize)
-        weights = loading.weights_on_gpu(sizes, offload)
+        weights = loading.weights_on_gpu(family, modules, quantize, offload)
         need = loading.memory_needed(weights, family, pixels, batch)
         helps = "--offload model or group, --quantize int8 or nf4, or --batch 1"
-        print(loading.check_memory(need, device, "weights and work", helps))
+        print(loading.check_memory(need, device, helps))
         pipe = loading.load_base(family, base, dtype, quantize)
     pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():  # several LoRAs are what we want
@@ -175,7 +174,7 @@ class LoadSettings:
         None, "folder or Hub name of the base pipeline; the published one", path=True
     )
     quantize: str = setting("none", loading.QUANTIZE_HELP, choices=loading.BYTES_PER_WEIGHT)
-    offload: str = setting("none", loading.offload_help(loading.OFFLOADS), choices=loading.OFFLOADS)
+    offload: str = setting("none", loading.OFFLOAD_HELP, choices=loading.OFFLOADS)
     device: str = setting("auto", DEVICE_HELP)
     tiny: bool = setting(
         False, "offline: a small model of clothes (flux: a random one); no --base, --quantize"
@@ -227,7 +226,7 @@ def read_prompts(settings: Settings) -> list[str]:
     """The prompts of --prompt and --prompt-file. Raises: ValueError or OSError."""
     prompts = list(settings.prompt)
     if settings.prompt_file is not None:
-        prompts += [prompt for prompt, _ in read_prompt_file(settings.prompt_file)]
+        prompts += [prompt for prompt, _ in read_source(settings.prompt_file)]
     if not all(prompt.strip() for prompt in prompts) or not prompts:
         raise ValueError("--prompt: at least one is needed, and none may be empty")
     return prompts

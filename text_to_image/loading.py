@@ -2,39 +2,25 @@
 
 import gc
 import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from text_to_image.families import (
-    PATCH,
-    Family,
-    import_diffusers,
-    naming,
-    require_package,
-)
+from text_to_image.families import Family, import_diffusers, naming, require_package
 
-GB = 1e9
 BYTES_PER_WEIGHT = {"none": 2.0, "int8": 1.01, "nf4": 0.57}  # with the scales of the blocks
 QUANTIZE_HELP = (
     "none: as the base is stored, 2 bytes per weight. int8 (torchao): 1 byte, slightly other "
     "pictures. nf4 (bitsandbytes, CUDA only): 0.6 bytes, visibly other details. Both apply to the "
     "transformer and the large text encoder, and cost some time per evaluation"
 )
-OFFLOADS = {
-    "none": "everything stays on the GPU",
-    "model": "one component at a time on the GPU, each moved there once per call",
-    "group": "one layer at a time; a few GB suffice, but all weights cross the bus in every "
-    "network evaluation, and main memory must hold them",
-}
-
-
-def offload_help(names: Iterable[str]) -> str:
-    """What the named ways of offloading do and cost."""
-    return "; ".join(f"{name}: {OFFLOADS[name]}" for name in names)
+OFFLOADS = ("none", "model", "group")
+OFFLOAD_HELP = (
+    "none: everything stays on the GPU. model: one component at a time. group: one layer at a "
+    "time; a few GB suffice, but all weights cross the bus in every network evaluation"
+)
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -58,28 +44,20 @@ def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Mo
         index = pipeline_class(family).load_config(base)
         if index["_class_name"] != family.pipeline:
             raise ValueError(f"it is of a {index['_class_name']}, not a {family.pipeline}")
-        for name, part in index.items():
-            if not isinstance(part, list | tuple) or part[1] is None:
-                continue
-            if name in ("transformer", "vae"):
-                cls = getattr(diffusers, part[1])
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+            library, kind = index.get(name) or (None, None)
+            if library == "diffusers":
+                cls = getattr(diffusers, kind)
                 config = cls.load_config(base, subfolder=name)
-                quantized = config.pop("quantization_config", None)
+                stored = config.pop("quantization_config", None)
                 modules[name] = cls.from_config(config)
-            elif name.startswith("text_encoder"):
-                cls = getattr(transformers, part[1])
+            elif library == "transformers":
+                cls = getattr(transformers, kind)
                 config = cls.config_class.from_pretrained(base, subfolder=name)
-                quantized = getattr(config, "quantization_config", None)
+                stored = getattr(config, "quantization_config", None)
                 modules[name] = cls(config)
-            else:
-                continue
-            modules[name].quantized = quantized is not None
-        vae = modules["vae"].config
-        tokens = modules["transformer"].config["in_channels"]
-        latents = vae.get("latent_channels") or vae["z_dim"]
-        if tokens != PATCH**2 * latents:
-            given = f"the transformer takes {tokens} channels per token"
-            raise ValueError(f"{given}, the VAE gives {PATCH**2} x {latents}")
+            if name in modules:
+                modules[name].stored = stored  # None, or how the weights are quantised
     return modules
 
 
@@ -93,18 +71,16 @@ def quantization_config(family: Family, quantize: str, dtype: torch.dtype) -> An
         require_package("torchao", "--quantize int8")
         from torchao.quantization import Int8WeightOnlyConfig
 
-        for_network = diffusers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=keep)
-        for_text = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        network = diffusers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=keep)
+        text = transformers.TorchAoConfig(Int8WeightOnlyConfig())
     else:
         require_package("bitsandbytes", "--quantize nf4")
-        if not torch.cuda.is_available():
-            raise ValueError("--quantize nf4 needs a CUDA GPU; use int8 or none")
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         options["bnb_4bit_compute_dtype"] = dtype
-        for_network = diffusers.BitsAndBytesConfig(**options, llm_int8_skip_modules=keep)
-        for_text = transformers.BitsAndBytesConfig(**options)
+        network = diffusers.BitsAndBytesConfig(**options, llm_int8_skip_modules=keep)
+        text = transformers.BitsAndBytesConfig(**options)
     return diffusers.PipelineQuantizationConfig(
-        quant_mapping={"transformer": for_network, family.big_text_encoder: for_text}
+        quant_mapping={"transformer": network, family.big_text_encoder: text}
     )
 
 
@@ -117,14 +93,16 @@ def load_base(
     A base that is stored quantised (FLUX.2-dev-bnb-4bit) is loaded as it is. Only safetensors files
     are read. Raises: OSError or ValueError that names the base.
     """
-    pipeline, base = pipeline_class(family), base or family.repo
     options = dict.fromkeys(without)
     if quantize != "none":
         options["quantization_config"] = quantization_config(family, quantize, dtype)
+    base = base or family.repo
     with warnings.catch_warnings(), naming(f"base {base}"):
         # the argument's new name, dtype, is unknown to diffusers 0.37
         warnings.filterwarnings("ignore", message=".*torch_dtype.*")
-        return pipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **options)
+        return pipeline_class(family).from_pretrained(
+            base, torch_dtype=dtype, use_safetensors=True, **options
+        )
 
 
 def place(pipe: Any, device: torch.device, offload: str = "none") -> None:
@@ -141,44 +119,26 @@ def place(pipe: Any, device: torch.device, offload: str = "none") -> None:
 def release_memory() -> None:
     """Hands the GPU memory of components that nothing refers to any more back."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-def component_sizes(
-    family: Family, modules: dict[str, nn.Module], base: str | None = None, quantize: str = "none"
-) -> dict[str, tuple[float, float]]:
-    """Component -> (bytes of its weights, bytes of its largest layer). modules: see above.
-
-    A component that is stored quantised has the size of its files, the others 2 bytes per weight
-    or what `quantize` leaves.
-    Raises: ValueError if a component is to be quantised once more.
-    """
-    sizes = {}
+def weights_on_gpu(
+    family: Family, modules: dict[str, nn.Module], quantize: str = "none", offload: str = "none"
+) -> float:
+    """Bytes: all components, the largest one (offload "model"), or four layers ("group")."""
+    totals, layers = [], []
     for name, module in modules.items():
-        layers = [parameter.numel() for parameter in module.parameters()]
-        quantizes = quantize != "none" and name in ("transformer", family.big_text_encoder)
-        per_weight = BYTES_PER_WEIGHT[quantize if quantizes else "none"]
-        if getattr(module, "quantized", False):
-            if quantizes:
-                raise ValueError(f"--quantize {quantize}: the base's {name} is quantised already")
-            per_weight = stored_bytes(base or family.repo, name) / sum(layers)
-        sizes[name] = sum(layers) * per_weight, max(layers) * per_weight
-    return sizes
-
-
-def stored_bytes(base: str, component: str) -> int:
-    """Size of a component's safetensors files, in a folder or on the Hub."""
-    folder = Path(base)
-    if not folder.is_dir():
-        from huggingface_hub import HfApi
-
-        files = HfApi().list_repo_tree(base, component)
-        return sum(file.size for file in files if file.path.endswith(".safetensors"))
-    return sum(path.stat().st_size for path in (folder / component).glob("*.safetensors"))
+        kind = quantize if name in ("transformer", family.big_text_encoder) else "none"
+        stored = getattr(module, "stored", None)
+        if stored is not None:
+            kind = "nf4" if stored.get("load_in_4bit") else "int8"
+        sizes = [BYTES_PER_WEIGHT[kind] * parameter.numel() for parameter in module.parameters()]
+        totals.append(sum(sizes))
+        layers.append(max(sizes))
+    return {"none": sum(totals), "model": max(totals), "group": 4 * max(layers)}[offload]
 
 
 def memory_needed(
@@ -190,27 +150,18 @@ def memory_needed(
     input is kept for the backward pass. 0.7 GB for CUDA itself.
     """
     tokens = batch * (pixels / 256 + 512)
-    return weights + tokens * family.width * 2 * (40 + kept_layers) + 0.7 * GB
+    return weights + tokens * family.width * 2 * (40 + kept_layers) + 0.7e9
 
 
-def weights_on_gpu(sizes: dict[str, tuple[float, float]], offload: str = "none") -> float:
-    """Bytes: all components, the largest one (offload "model"), or four layers ("group")."""
-    totals, layers = zip(*sizes.values(), strict=True)
-    return {"none": sum(totals), "model": max(totals), "group": 4 * max(layers)}[offload]
-
-
-def check_memory(need: float, device: torch.device, parts: str, helps: str) -> str:
+def check_memory(need: float, device: torch.device, helps: str) -> str:
     """One line about the memory that a run needs, to be printed before anything is loaded.
 
-    Args: parts: what the bytes are for; helps: flags that need less.
-    Raises: ValueError if the GPU has less free memory.
+    Raises: ValueError if the GPU has less free memory; helps: flags that need less.
     """
-    line = f"about {need / GB:.0f} GB for {parts}"
-    if device.type != "cuda":
-        return f"memory: {line}"
-    free = torch.cuda.mem_get_info(device)[0] / GB
-    if need > free * GB:
-        raise ValueError(
-            f"not enough GPU memory: {line} are needed, {free:.0f} GB are free; try {helps}"
-        )
-    return f"GPU memory: {line}; {free:.0f} GB are free"
+    line = f"about {need / 1e9:.0f} GB of GPU memory are needed"
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        line += f", {free / 1e9:.0f} GB are free"
+        if need > free:
+            raise ValueError(f"{line}; try {helps}")
+    return line

@@ -52,7 +52,6 @@ class TwoRoles:
     trained runs under autocast.
 
     Args: policy: gmflow, dx (a grid) or dx-polynomial; components: K, N or the number of orders.
-    Raises: ValueError if the transformer is of another family.
     """
 
     def __init__(
@@ -64,10 +63,6 @@ class TwoRoles:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.net, self.family, self.dtype = transformer, family, transformer.dtype
-        found = type(transformer).__name__
-        if found != family.transformer:
-            needed = f"--family {family.name} needs a {family.transformer}"
-            raise ValueError(f"{needed}, the base has a {found}")
         transformer.requires_grad_(False)
         last = str(transformer.config.num_layers - 1)
         pattern = re.compile(family.lora_targets.replace("{last}", last))
@@ -192,9 +187,8 @@ def shard(roles: TwoRoles) -> None:
     """Splits frozen and trained parameters over all processes, block by block, in place."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if roles.dtype == torch.bfloat16:  # LoRA travels as bfloat16, its gradients as float32
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # LoRA travels in the base's dtype, its gradients as float32
+    precision = MixedPrecisionPolicy(roles.dtype, torch.float32, cast_forward_inputs=False)
     for blocks in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(roles.net, blocks, ()):
             fully_shard(block, mp_policy=precision)
@@ -240,17 +234,16 @@ def read_trained(path: str, roles: TwoRoles, spec: PolicySpec) -> dict[str, Tens
     Raises: ValueError that names what is missing or does not belong to this student.
     """
     state, trained = read_checkpoint(path), roles.trained()
-    if "ema" in state:
-        found = state["ema"]
-    else:
+    found = state.get("ema")
+    if found is None:
         state = state.get("state_dict", state)
         averaged = {k: v for k, v in state.items() if k.split(".")[0].endswith("_ema")}
-        known = {adapter_key(name, spec): name for name in trained}
+        known = {"." + adapter_key(name, spec): name for name in trained}
         found = {}
         for key, value in (averaged or state).items():
-            parts = key.replace(".default.", ".").split(".")
-            ends = [".".join(parts[i:]) for i in range(len(parts))]
-            found[next((known[end] for end in ends if end in known), key)] = value
+            end = "." + key.replace(".default.", ".")
+            name = next((known[name] for name in known if end.endswith(name)), key)
+            found[name] = value
     missing, unknown = sorted(trained.keys() - found.keys()), sorted(found.keys() - trained.keys())
     if missing or unknown:
         counts = f"{len(missing)} missing, {len(unknown)} unknown"

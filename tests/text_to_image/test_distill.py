@@ -241,12 +241,6 @@ def test_autocast_is_around_the_trained_modules_alone():
     assert {p.dtype for p in setup.roles.trained().values()} == {torch.float32}
 
 
-def test_a_base_of_another_family():
-    net = tiny_pipeline(FAMILIES["qwen"]).transformer
-    with pytest.raises(ValueError, match="--family flux needs a FluxTransformer2DModel, the base"):
-        TwoRoles(net, FAMILIES["flux"])
-
-
 # ---- Presets and export --------------------------------------------------------------------------
 
 
@@ -268,7 +262,6 @@ def test_presets_are_the_published_table():
         "loss_scale": 15.0, "window_substeps": 3, "total_substeps": 128, "lr": 1e-4, "beta2": 0.95,
         "warmup": 100, "clip": 50.0, "clip_start": 100, "ema_start": 100, "ema_gamma": 7.0,
         "lr_decay": "none", "time_weight": 0.0, "lora_rank": 256, "lora_dropout": 0.05,
-        "logstd_width": 1024, "side": 1024,
     }  # fmt: skip
     for preset in PRESETS.values():
         assert {name: getattr(preset, name) for name in common} == common
@@ -310,8 +303,7 @@ def test_export_round_trip(preset, tmp_path):
     setup = Setup(settings, steps=2)
     setup.roles.net.eval()
     weights = {k: p.detach() for k, p in setup.roles.trained().items()}
-    about = distill.sampling(settings)
-    write_adapter(str(tmp_path), adapter_of(setup.roles, weights, settings.spec, about))
+    write_adapter(str(tmp_path), adapter_of(setup.roles, weights, *distill.stated(settings)))
 
     published = DATA / CASES[preset] / "adapter"
     with safe_open(published / "diffusion_pytorch_model.safetensors", "pt") as f:
@@ -344,11 +336,11 @@ def test_export_round_trip(preset, tmp_path):
 def test_a_sampling_block_that_is_not_understood_is_named(tmp_path):
     adapter = read_adapter(str(DATA / "gmqwen" / "adapter"))
     assert adapter.sampling is None
-    write_adapter(str(tmp_path), adapter._replace(sampling=distill.sampling(small("gm-qwen"))))
+    write_adapter(str(tmp_path), adapter._replace(sampling=distill.stated(small("gm-qwen"))[1]))
     assert read_adapter(str(tmp_path)).sampling.nfe == 4
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"nfe"', '"nef"'))
-    with pytest.raises(ValueError, match="adapter .*: _sampling in its config.json: .*nef"):
+    with pytest.raises(ValueError, match="config.json: .*nef"):
         read_adapter(str(tmp_path))
 
 
@@ -426,7 +418,6 @@ def test_resume_is_bit_for_bit(tmp_path):
     state = checkpoint(whole)
     trained = Setup(small("gm-flux")).roles.trained().keys()
     assert state["net"].keys() == trained and state["ema"].keys() == trained
-    assert state["export"] == read_adapter(str(whole / "adapter")).sampling._asdict()
     with pytest.raises(ValueError, match="lr"):
         distill.main([*argv, "--out", str(halves), "--lr", "0.5"])
 
@@ -434,7 +425,7 @@ def test_resume_is_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_two_processes_with_and_without_shard_give_the_losses_of_one(tmp_path):
     argv = [*FAST, "--preset", "gm-qwen", "--iterations", "3", "--ema-start", "1"]
-    argv += ["--picture-every", "3", "--pictures", "1", "--teacher-steps", "2"]
+    argv += ["--picture-every", "3", "--teacher-steps", "2"]
     distill.main([*argv, "--out", str(tmp_path / "one")])
     run_two("text_to_image.distill", [*argv, "--out", str(tmp_path / "two")])
     run_two("text_to_image.distill", [*argv, "--shard", "--out", str(tmp_path / "sharded")])
@@ -482,7 +473,7 @@ def test_generate_draws_as_the_adapter_was_trained(model, flags, nfe, guidance, 
     """Evaluations and guidance come from the adapter's file, and giving them is no surprise."""
     from text_to_image.generate import load
 
-    argv = [*FAST, *flags.split(), "--iterations", "1", "--teacher-steps", "8", "--pictures", "2"]
+    argv = [*FAST, *flags.split(), "--iterations", "1", "--teacher-steps", "8"]
     distill.main([*argv, "--out", str(tmp_path / "500steps")])
     if "picture" in flags:
         assert (tmp_path / "500steps" / "pictures" / "step_00000001.png").is_file()
@@ -544,14 +535,14 @@ def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
     config = tmp_path / "base" / "model_index.json"  # the encoder's config is gone as well
     index = json.loads(config.read_text()) | {"text_encoder_2": [None, None]}
     config.write_text(json.dumps(index))
-    monkeypatch.setattr(distill, "SIDE_OF_IMAGES", 64)
+    monkeypatch.setattr(distill, "latent_shape", lambda pipe, *sides: latent_shape(pipe, 64, 64))
     argv = ["--preset", "dx-flux", "--base", base, "--prompts", str(cache), "--lora-rank", "4",
             "--batch", "2", "--device", "cpu"]  # fmt: skip
     distill.main([
         *argv, "--iterations", "2", "--total-substeps", "16", "--log-every", "1",
-        "--pictures", "1", "--teacher-steps", "2", "--out", str(tmp_path / "run"),
+        "--teacher-steps", "2", "--out", str(tmp_path / "run"),
     ])  # fmt: skip
-    assert "memory: about" in capsys.readouterr().out
+    assert "GPU memory are needed" in capsys.readouterr().out
     assert all(math.isfinite(loss) for loss in losses_of(tmp_path / "run"))
     assert {v.dtype for v in checkpoint(tmp_path / "run")["ema"].values()} == {torch.float32}
     with safe_open(tmp_path / "run/adapter/diffusion_pytorch_model.safetensors", "pt") as file:
@@ -559,8 +550,8 @@ def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
     path = tmp_path / "base" / "transformer" / "config.json"
     config = json.loads(path.read_text())
     for change, message in (
-        ({"guidance_embeds": False}, "embeds no guidance"),  # as FLUX.1-schnell has it
-        ({"quantization_config": {"load_in_4bit": True}}, "is stored quantised"),
+        ({"guidance_embeds": False}, "its embedded guidance"),  # as FLUX.1-schnell has it
+        ({"quantization_config": {"load_in_4bit": True}}, "needs its full weights"),
     ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
@@ -601,9 +592,13 @@ def test_bad_settings(argv, message, tmp_path):
 
 def test_memory_is_near_the_published():
     """Published, Qwen: 70 GB on each of many GPUs, 40 and 20 sharded over 2 and 8."""
-    sizes = 20_430_401_088, 960_000_000, 60
-    s = replace(PRESETS["gm-qwen"], optimizer="adamw8bit")
-    assert 50e9 < distill.memory_needed(s, *sizes, world=1) < 80e9
-    sharded = replace(PRESETS["gm-qwen"], shard=True)
-    needed = [distill.memory_needed(sharded, *sizes, world) for world in (2, 8)]
+
+
+    def needed(world, **changes):
+        with torch.device("meta"):
+            net = diffusers.QwenImageTransformer2DModel()
+        return distill.memory_needed(replace(PRESETS["gm-qwen"], **changes), net, world)
+
+    assert 50e9 < needed(1, optimizer="adamw8bit") < 80e9
+    needed = needed(2, shard=True), needed(8, shard=True)
     assert 30e9 < needed[0] < 45e9 and 10e9 < needed[1] < 25e9

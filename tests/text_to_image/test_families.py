@@ -96,8 +96,7 @@ def test_parameter_counts_of_the_real_transformers(name, parameters):
     options = {"guidance_embeds": True} if name == "flux" else {}
     with torch.device("meta"):
         modules = {"transformer": getattr(diffusers, family.transformer)(**options)}
-    sizes = loading.component_sizes(family, modules)
-    assert sizes["transformer"][0] == pytest.approx(2 * parameters, rel=0.01)
+    assert loading.weights_on_gpu(family, modules) == pytest.approx(2 * parameters, rel=0.01)
 
 
 def linear(inputs: int, outputs: int) -> torch.nn.Module:
@@ -111,8 +110,7 @@ def test_memory_estimate(monkeypatch):
     modules["text_encoder"] = torch.nn.Sequential(*(linear(100_000, 1000) for _ in range(80)))
 
     def need(quantize, offload):
-        sizes = loading.component_sizes(family, modules, None, quantize)
-        weights = loading.weights_on_gpu(sizes, offload)
+        weights = loading.weights_on_gpu(family, modules, quantize, offload)
         return loading.memory_needed(weights, family, 1024 * 1024, 1) / 1e9
 
     work = (4096 + 512) * 3072 * 80 / 1e9 + 0.7
@@ -120,19 +118,19 @@ def test_memory_estimate(monkeypatch):
     assert need("none", "model") == pytest.approx(40 + work)
     assert need("none", "group") == pytest.approx(4 * 0.2 + work)
     assert need("nf4", "none") == pytest.approx(28 * 0.57 + 0.2 + work)
-    arguments = need("none", "none") * 1e9, torch.device("cuda"), "weights", "--offload group"
+    arguments = need("none", "none") * 1e9, torch.device("cuda"), "--offload group"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
     line = loading.check_memory(*arguments)
-    assert "58 GB for weights" in line and "80 GB are free" in line
+    assert "58 GB of GPU memory are needed, 80 GB are free" in line
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
-    with pytest.raises(ValueError, match="not enough.* 58 GB .* 24 GB are free; try --offload gr"):
+    with pytest.raises(ValueError, match="58 GB .* 24 GB are free; try --offload gr"):
         loading.check_memory(*arguments)
     line = loading.check_memory(arguments[0], torch.device("cpu"), *arguments[2:])
-    assert "memory: about 58 GB" in line
+    assert line == "about 58 GB of GPU memory are needed"
 
 
 def test_a_base_that_is_stored_quantised(tmp_path, monkeypatch):
-    """As FLUX.2-dev-bnb-4bit: recognised, counted by its files, loaded as it is."""
+    """As FLUX.2-dev-bnb-4bit: recognised, counted with 4 bits per weight, loaded as it is."""
     family = dm.FAMILIES["flux2"]
     tiny_pipeline(family).save_pretrained(tmp_path)
     for part in ("transformer", "text_encoder"):
@@ -141,15 +139,10 @@ def test_a_base_that_is_stored_quantised(tmp_path, monkeypatch):
         config = json.loads(path.read_text()) | {"quantization_config": settings}
         path.write_text(json.dumps(config))
     modules = loading.empty_components(family, str(tmp_path))
-    assert [modules[k].quantized for k in ("transformer", "text_encoder", "vae")] == [1, 1, 0]
-    sizes = loading.component_sizes(family, modules, str(tmp_path))
-    for part in ("transformer", "text_encoder"):
-        files = list((tmp_path / part).glob("*.safetensors"))
-        assert sizes[part][0] == pytest.approx(sum(file.stat().st_size for file in files))
-    weights = sum(parameter.numel() for parameter in modules["vae"].parameters())
-    assert sizes["vae"][0] == 2 * weights
-    with pytest.raises(ValueError, match=r"--quantize nf4: the base's \w+ is quantised"):
-        loading.component_sizes(family, modules, str(tmp_path), "nf4")
+    for part, per_weight in (("transformer", 0.57), ("text_encoder", 0.57), ("vae", 2.0)):
+        weights = sum(parameter.numel() for parameter in modules[part].parameters())
+        counted = loading.weights_on_gpu(family, {part: modules[part]})
+        assert counted == pytest.approx(per_weight * weights)
     given = {}
     monkeypatch.setattr(
         diffusers.Flux2Pipeline, "from_pretrained", lambda *args, **options: given.update(options)
@@ -195,15 +188,6 @@ def test_encoding_is_the_inverse_of_decoding(name, monkeypatch):
 # ---- Bases as people have them -------------------------------------------------------------------
 
 
-def test_a_base_with_other_latents_is_refused_with_the_numbers(tmp_path):
-    family = dm.FAMILIES["flux"]
-    tiny_pipeline(family).save_pretrained(tmp_path)
-    config = tmp_path / "vae" / "config.json"
-    config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 16'))
-    with pytest.raises(ValueError, match="takes 16 channels per token, the VAE gives 4 x 16"):
-        loading.empty_components(family, str(tmp_path))
-
-
 def test_a_damaged_base_is_named(tmp_path):
     family = dm.FAMILIES["flux"]
     tiny_pipeline(family).save_pretrained(tmp_path)
@@ -227,7 +211,7 @@ def test_a_damaged_base_is_named(tmp_path):
 
 
 def test_guidance_of_a_base_that_embeds_none():
-    """FLUX.1 without a guidance embedding is evaluated without one; Qwen with one is refused."""
+    """FLUX.1 without a guidance embedding is evaluated without one."""
 
     def guidance_of(name, embeds):
         network = getattr(diffusers, dm.FAMILIES[name].transformer)
@@ -238,8 +222,6 @@ def test_guidance_of_a_base_that_embeds_none():
     assert [guidance_of("flux", embeds) for embeds in (True, False)] == [3.5, None]
     assert [guidance_of("flux2", embeds) for embeds in (True, False)] == [4.0, None]
     assert guidance_of("qwen", False) is None
-    with pytest.raises(ValueError, match="embeds a guidance; qwen adapters have none"):
-        guidance_of("qwen", True)
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
