@@ -383,13 +383,11 @@ def draw_overview(path: Path, student: Student, teacher, noise, data, ends: dict
 
 
 def choose_device(name: str) -> str:
-    """`auto` is the CPU where MPS lacks the teacher's erfcx (PyTorch before 2.11)."""
+    """The CPU where MPS lacks the teacher's erfcx (PyTorch before 2.11)."""
     device = pick_device(name)
     try:
         torch.special.erfcx(torch.ones(1, device=device))
-    except RuntimeError:
-        if name != "auto":
-            raise ValueError(f"--device {name} lacks erfcx in this PyTorch; use cpu") from None
+    except NotImplementedError:
         print(f"This PyTorch lacks erfcx on {device.type}: running on the CPU.")
         return "cpu"
     return str(device)
@@ -405,10 +403,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def progress(i: int, out: PiIDLoss) -> None:
         if (i + 1) % max(1, s.iterations // 10) == 0:  #  reading the loss forces a device sync
-            loss = out.loss.item()
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at iteration {i}; try a smaller --lr")
-            print(f"iteration {i + 1:6d}   loss {loss:.4f}", flush=True)
+            print(f"iteration {i + 1:6d}   loss {out.loss.item():.4f}", flush=True)
 
     start = time.perf_counter()
     student = train(density, s, progress)

@@ -300,7 +300,7 @@ def test_seed_decides_the_result():
     assert not torch.equal(trained(3), trained(4))
 
 
-def test_auto_is_the_cpu_where_mps_lacks_an_operator(monkeypatch, capsys):
+def test_the_device_is_the_cpu_where_mps_lacks_an_operator(monkeypatch, capsys):
     """PyTorch 2.5 to 2.10: there is an MPS device, but no erfcx on it."""
 
     def erfcx(x):
@@ -312,9 +312,6 @@ def test_auto_is_the_cpu_where_mps_lacks_an_operator(monkeypatch, capsys):
     monkeypatch.setattr(torch.special, "erfcx", erfcx)
     assert toy_2d.choose_device("auto") == "cpu"
     assert capsys.readouterr().out.count("\n") == 1
-    monkeypatch.setattr(toy_2d, "pick_device", torch.device)
-    with pytest.raises(ValueError, match="--device mps.*erfcx"):
-        toy_2d.choose_device("mps")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +331,6 @@ def test_auto_is_the_cpu_where_mps_lacks_an_operator(monkeypatch, capsys):
         (["--points", "200000"], "--points .*200000.*at most 50000"),  # all pairs: hours
         (["--seed", str(2**64)], "--seed .*18446744073709551616.*at most"),
         (["--device", "abacus"], "--device 'abacus'"),
-        (["--lr", "1e30", "--iterations", "3"], "loss is .*--lr"),
     ],
 )
 def test_bad_arguments_end_in_one_line_and_write_nothing(tmp_path, arguments, wanted):
