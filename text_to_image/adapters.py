@@ -16,7 +16,6 @@ data: safetensors and JSON; a file that could hold a program is not opened.
 import json
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +29,9 @@ from text_to_image.families import PATCH, naming, unpack
 LORA_NAME = "piflow"
 REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-RANGES = {"segment_size": 1.0, "shift": 1000.0}  # of a DX policy: above 0, at most this
 ACCEPTED = {
-    "GMFlow": "its GMFlow head has no settings",
-    "DX": "its DX head needs segment_size (0 to 1) and shift, or shift and mode polynomial, as "
+    "GMFlow": "has no settings",
+    "DX": "needs segment_size (0 to 1) and shift, or shift and mode polynomial, as "
     '--policy \'{"segment_size": 0.2857, "shift": 3.2}\' states them',
 }
 
@@ -44,9 +42,8 @@ ACCEPTED = {
 class GMHead(nn.Module):
     """The output head of a GMFlow student, in place of the transformer's `proj_out`.
 
-    Means and log weights come from the image tokens; one log standard deviation per sample comes
-    from the embedding of time and guidance, which `watch` picks up on its way into `norm_out`. No
-    gradient goes back into that embedding.
+    One log standard deviation per sample comes from the embedding of time and guidance, which
+    `watch` picks up on its way into `norm_out`. No gradient goes back into it.
     """
 
     def __init__(self, width: int, channels: int, components: int, inner: int):
@@ -71,21 +68,18 @@ class GMHead(nn.Module):
         return self.means(hidden), self.logweights(hidden), self.logstds(self.embedding.detach())
 
 
-@dataclass(frozen=True)
-class PolicySpec:
+class PolicySpec(NamedTuple):
     """Which policy an adapter's head describes; a DX grid keeps the segment it was trained for."""
 
     kind: str  # "GMFlow" or "DX"
-    segment_size: float = 1.0
-    shift: float = 1.0
-    mode: str = "grid"
+    options: dict = {}  # of DXPolicy: segment_size and shift, or shift and mode "polynomial"
 
     def build(self, output: Any, x: Tensor, t: Tensor) -> GMFlowPolicy | DXPolicy:
         """Head output at x (B, C, H, W), t (B,) -> policy."""
         parts = (-1, x.shape[1])  # K components or N grid points
         if self.kind == "DX":
             velocities = unpack(output, x).unflatten(1, parts)  #      (B, N, C, H, W)
-            return DXPolicy(velocities, x, t, self.segment_size, self.shift, self.mode)
+            return DXPolicy(velocities, x, t, **self.options)
         means, logweights, logstds = output
         mixture = GaussianMixture(
             means=unpack(means, x).unflatten(1, parts),  #             (B, K, C, H, W)
@@ -93,15 +87,6 @@ class PolicySpec:
             logweights=unpack(logweights, x).float().log_softmax(1).unsqueeze(2),
         )  #                                                   logweights (B, K, 1, H, W)
         return GMFlowPolicy(mixture, x, t)
-
-    def settings(self) -> dict:
-        """As the published files state them."""
-        stated = {"type": self.kind}
-        if self.kind == "DX":
-            grid = self.mode == "grid"
-            stated |= {"segment_size": self.segment_size} if grid else {"mode": self.mode}
-            stated["shift"] = self.shift
-        return stated
 
 
 # ---- Adapters ------------------------------------------------------------------------------------
@@ -196,20 +181,18 @@ def policy_of(
 
     Raises: ValueError for settings that its head does not have, or that are missing.
     """
-    kind, needed = ("GMFlow", {"type"}) if adapter.is_gm else ("DX", {"type", "mode", *RANGES})
-    settings = {"type": kind, **(known or {}), **(adapter.policy or {}), **(override or {})}
-    if kind == "DX":
-        settings = {"mode": "grid"} | settings
-    if settings.get("mode") == "polynomial":
-        settings["segment_size"] = 1.0  # which it does not use
-    fits = settings.keys() == needed and settings["type"] == kind
-    fits = fits and settings.get("mode", "grid") in ("grid", "polynomial")
-    for key, high in RANGES.items():
-        value = settings.get(key, 1.0)
-        fits = fits and isinstance(value, int | float) and 0 < value <= high
-    if not fits:
-        raise ValueError(f"adapter {adapter.name}: policy {settings}; {ACCEPTED[kind]}")
-    return PolicySpec(settings.pop("type"), **settings)
+    kind = "GMFlow" if adapter.is_gm else "DX"
+    policy = {"type": kind, **(known or {}), **(adapter.policy or {}), **(override or {})}
+    options = {key: value for key, value in policy.items() if key != "type"}
+    allowed = {"segment_size", "shift", "mode"} if kind == "DX" else set()
+    optional = {"segment_size", "mode"} if options.get("mode") == "polynomial" else {"mode"}
+    with naming(f"adapter {adapter.name}: policy {policy}"):
+        fits = policy["type"] == kind and allowed - optional <= set(options) <= allowed
+        fits = fits and options.get("mode", "grid") in ("grid", "polynomial")
+        fits = fits and 0 < options.get("segment_size", 1.0) <= 1
+        if not fits or not 0 < options.get("shift", 1.0) <= 1000:
+            raise ValueError(f"its {kind} head {ACCEPTED[kind]}")
+    return PolicySpec(kind, options)
 
 
 def check_adapter(transformer: nn.Module, adapter: Adapter) -> None:
@@ -278,10 +261,8 @@ def _new_parts(transformer: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
 def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) -> None:
     """Puts an adapter on a base transformer, in place.
 
-    Output norm and head are replaced, not overwritten, so that it does not matter whether the base
-    is quantised. The LoRA stays beside the weights, through diffusers and peft: it cannot be fused
-    into quantised weights, in bfloat16 fusing would round small updates away, and `scale` (of the
-    LoRA alone) and further LoRAs can be set later.
+    Output norm and head are replaced, so that the base may be quantised. The LoRA, of strength
+    `scale`, stays beside the weights: in bfloat16 fusing would round small updates away.
 
     Raises: ValueError as `check_adapter`, before anything is changed.
     """
@@ -311,14 +292,11 @@ def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) 
 def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> dict[str, Any]:
     """Finds a style LoRA and compares it with the base. -> what `load_lora_weights` takes.
 
-    diffusers reads its own names and those of kohya, ComfyUI, DiffSynth and Black Forest Labs, from
-    safetensors alone.
-
     Args: pipeline: class of the base pipeline; modules: its transformer and text encoders, which
         may be on the meta device; where: a file, a folder with one, or on the Hub
         "user/repository[/folder/file.safetensors]".
     Raises: OSError or ValueError if it cannot be read, or if no layer of the base uses it.
-    Warns: once, if layers are not used, because the base has none or the adapter replaces them.
+    Warns: once, if layers are not used.
     """
     place, folder, name = where, None, None
     if not Path(where).exists():

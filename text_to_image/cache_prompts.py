@@ -53,14 +53,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I
 class Settings:
     """What is encoded, and by which encoders."""
 
-    source: str = setting(
-        dataclasses.MISSING, "text or JSONL file, or dataset on the Hub", positional=True, path=True
-    )
+    source: str = setting(dataclasses.MISSING, "file of prompts, or dataset on the Hub",
+                          positional=True, path=True)  # fmt: skip
     out: str = setting("data/prompts", "folder for the shards, local or s3://...", path=True)
     family: str = setting("qwen", "whose text encoders", choices=FAMILIES)
-    base: str | None = setting(
-        None, "folder or Hub name of the base pipeline; the published one", path=True
-    )
+    base: str | None = setting(None, "folder or Hub name of another base pipeline", path=True)
     tiny: bool = setting(False, "small stand-ins in place of the real encoders")
     column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
     images: str | None = setting(None, "field of the image files in a JSONL file; no latents")

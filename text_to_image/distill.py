@@ -39,14 +39,7 @@ from piflow_minimal import PiIDLoss, pi_id_data_dependent, pi_id_data_free, samp
 from text_to_image import cache_prompts, loading
 from text_to_image.adapters import PolicySpec, Sampling, write_adapter
 from text_to_image.families import FAMILIES, FINAL_STEP_SIZE_SCALE, SHIFT, latent_shape
-from text_to_image.student import (
-    TwoRoles,
-    adapter_of,
-    make_student,
-    make_teacher,
-    read_trained,
-    shard,
-)
+from text_to_image.student import TwoRoles, adapter_of, make_student, make_teacher, read_trained
 from text_to_image.tiny import GUIDANCE, demo_pipeline
 
 PICTURES = 4  # prompts and noises of an evaluation
@@ -66,27 +59,18 @@ class Settings(TrainSettings):
     """One run."""
 
     family: str = setting("qwen", "family of the base model", choices=FAMILIES)
-    base: str | None = setting(
-        None, "folder or Hub name of the base pipeline, in place of the published one", path=True
-    )
+    base: str | None = setting(None, "folder or Hub name of another base pipeline", path=True)
     tiny: bool = setting(False, "small stand-ins for base and prompts: no download, no GPU")
     prompts: str | None = setting(None, "folder of text_to_image.cache_prompts", path=True)
-    data_dependent: bool = setting(
-        False, "start from the image latents of --prompts (Algorithm 2); batch 256 by default"
-    )
+    data_dependent: bool = setting(False, "start from image latents (Algorithm 2); batch 256")
 
-    policy: str = setting(
-        "gmflow", "kind of policy; dx: on a grid", choices=("gmflow", "dx", "dx-polynomial")
-    )
+    policy: str = setting("gmflow", "kind of policy", choices=("gmflow", "dx", "dx-polynomial"))
     components: int = setting(8, "mixture components K, grid points N, or orders", low=1)
     nfe: int = setting(4, "segments, one network evaluation each", low=1)
     lora_rank: int = setting(256, "rank of the LoRA", low=1)
     lora_dropout: float = setting(0.05, "dropout of the LoRA's inputs", low=0, high=0.99)
 
-    guidance: float | None = setting(
-        None, "teacher's guidance, by default the family's; FLUX embeds it, in the student too",
-        low=0,
-    )  # fmt: skip
+    guidance: float | None = setting(None, "teacher's guidance; that of the family", low=0)
     num_intermediates: int = setting(2, "teacher queries per segment and sample", low=1)
     mixing_iterations: int | None = setting(
         None, "iterations over which the teacher ratio falls from 1 to 0", low=1
@@ -97,19 +81,13 @@ class Settings(TrainSettings):
 
     checkpointing: bool = setting(True, "recompute activations in the backward pass", free=True)
     eval_every: int = setting(
-        500, "iterations between pictures of pairs; 0: none", low=0, free=True,
-        flag="picture-every",
-    )  # fmt: skip
+        500, "iterations between pictures; 0: none", low=0, free=True, flag="picture-every"
+    )
     teacher_steps: int = setting(50, "Euler steps of the teacher in the pictures", low=1, free=True)
     export: str | None = setting(
-        None, "write the adapter of this checkpoint, ours or a public .pth, and stop", path=True,
+        None, "file of a checkpoint, or public .pth, of which to write the adapter", path=True,
         free=True,
     )  # fmt: skip
-
-    @property
-    def embedded_guidance(self) -> float | None:
-        """What teacher and student embed."""
-        return self.guidance if FAMILIES[self.family].embeds_guidance else None
 
     @property
     def spec(self) -> PolicySpec:
@@ -117,8 +95,9 @@ class Settings(TrainSettings):
         if self.policy == "gmflow":
             return PolicySpec("GMFlow")
         if self.policy == "dx-polynomial":
-            return PolicySpec("DX", shift=SHIFT, mode="polynomial")
-        return PolicySpec("DX", segment_of(1.0, self.nfe, FINAL_STEP_SIZE_SCALE)[1], SHIFT)
+            return PolicySpec("DX", {"mode": "polynomial", "shift": SHIFT})
+        segment_size = segment_of(1.0, self.nfe, FINAL_STEP_SIZE_SCALE)[1]
+        return PolicySpec("DX", {"segment_size": segment_size, "shift": SHIFT})
 
     def teacher_ratio(self, iteration: int) -> float:
         """Scheduled trajectory mixing: a linear decay from 1 to 0."""
@@ -135,11 +114,10 @@ FLUX = PUBLISHED | {
     "family": "flux", "iterations": 3000, "num_intermediates": 4, "mixing_iterations": 2000
 }  # fmt: skip
 DX = {"policy": "dx", "components": 10, "dropout": 0.0}
-POLYNOMIAL = DX | {"policy": "dx-polynomial"}
 PRESETS = {
     "gm-qwen": Settings(**PUBLISHED),
     "dx-qwen": Settings(**PUBLISHED, **DX),
-    "dx-qwen-p10": Settings(**PUBLISHED, **POLYNOMIAL),
+    "dx-qwen-p10": Settings(**PUBLISHED, **DX | {"policy": "dx-polynomial"}),
     "gm-flux": Settings(**FLUX),
     # 32 noises of 8 segments: 256 student evaluations per iteration, as in all published runs
     "gm-flux-8step": Settings(**FLUX | {"nfe": 8, "batch": 32}),
@@ -200,7 +178,7 @@ class Distillation:
         negative = self.prompts.negative
         if negative is not None:
             negative = negative.to(self.device, self.roles.dtype)
-        student = make_student(self.roles, conditions, self.s.spec, self.s.embedded_guidance)
+        student = make_student(self.roles, conditions, self.s.guidance)
         return student, make_teacher(self.roles, conditions, negative, self.s.guidance)
 
     def evaluate(self, net: nn.Module, iteration: int) -> dict[str, float]:
@@ -222,10 +200,8 @@ class Distillation:
             figure = image_rows(rows, f"the same prompts and noise, iteration {iteration}")
             with writing(join(s.out, "pictures", f"step_{iteration:08d}.png")) as temporary:
                 figure.savefig(temporary, format="png")
-        return {
-            "endpoint_rmse": endpoint_rmse(x_0, target),
-            "euler_rmse": endpoint_rmse(euler, target),  # of the teacher in nfe steps
-        }
+        found = {"endpoint_rmse": endpoint_rmse(x_0, target)}
+        return found | {"euler_rmse": endpoint_rmse(euler, target)}  # teacher in nfe steps
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents -> uint8 (B, H, W, 3); the VAE is on the device for this moment alone."""
@@ -235,27 +211,26 @@ class Distillation:
         return images.clamp(-1, 1).mul(127.5).add(127.5).byte().permute(0, 2, 3, 1).cpu()
 
     def export(self, state: dict[str, Tensor], folder: str | Path) -> None:
-        write_adapter(join(folder, "adapter"), adapter_of(self.roles, state, *stated(self.s)))
+        write_adapter(join(folder, "adapter"), adapter_of(self.roles, state, sampling(self.s)))
 
     def shard(self, net: nn.Module) -> None:
-        shard(self.roles)
+        self.roles.shard()
 
 
 def two_roles(s: Settings, net: nn.Module) -> TwoRoles:
     """A base transformer with a student's parts in it."""
     logstd_width = 32 if s.tiny else 1024
     return TwoRoles(
-        net, FAMILIES[s.family], s.policy, s.components, s.lora_rank, s.lora_dropout, logstd_width
+        net, FAMILIES[s.family], s.spec, s.components, s.lora_rank, s.lora_dropout, logstd_width
     )
 
 
-def stated(s: Settings) -> tuple[PolicySpec, Sampling]:
-    """What the adapter's files say beside its weights."""
-    sampling = Sampling(
-        s.family, s.nfe, s.embedded_guidance, SHIFT, FINAL_STEP_SIZE_SCALE, s.total_substeps,
-        "euler",
-    )  # fmt: skip
-    return s.spec, sampling
+def sampling(s: Settings) -> Sampling:
+    """What the adapter's file says about sampling."""
+    guidance = s.guidance if FAMILIES[s.family].embeds_guidance else None
+    return Sampling(
+        s.family, s.nfe, guidance, SHIFT, FINAL_STEP_SIZE_SCALE, s.total_substeps, "euler"
+    )
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -326,8 +301,7 @@ def export_checkpoint(s: Settings) -> str:
         net = loading.empty_components(family, s.base)["transformer"]
     with torch.device("meta"):
         roles = two_roles(s, net)
-    weights = read_trained(s.export, roles, s.spec)
-    write_adapter(folder, adapter_of(roles, weights, *stated(s)))
+    write_adapter(folder, adapter_of(roles, read_trained(s.export, roles), sampling(s)))
     return folder
 
 

@@ -49,20 +49,18 @@ class TwoRoles:
 
     The student has LoRA, an output norm and a policy head of its own (float32); nothing else of
     `transformer`, which is changed in place, has a gradient. If the base is in bfloat16, what is
-    trained runs under autocast.
-
-    Args: policy: gmflow, dx (a grid) or dx-polynomial; components: K, N or the number of orders.
+    trained runs under autocast. components: K, N or the number of orders.
     """
 
     def __init__(
-        self, transformer: nn.Module, family: Family, policy: str = "gmflow", components: int = 8,
+        self, transformer: nn.Module, family: Family, spec: PolicySpec, components: int = 8,
         lora_rank: int = 256, lora_dropout: float = 0.05, logstd_width: int = 1024,
     ):  # fmt: skip
         require_package("peft", "distillation")
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self.net, self.family, self.dtype = transformer, family, transformer.dtype
+        self.net, self.family, self.spec, self.dtype = transformer, family, spec, transformer.dtype
         transformer.requires_grad_(False)
         last = str(transformer.config.num_layers - 1)
         pattern = re.compile(family.lora_targets.replace("{last}", last))
@@ -73,8 +71,8 @@ class TwoRoles:
         )  # fmt: skip
         transformer.add_adapter(lora, LORA_NAME)
         norm = copy.deepcopy(transformer.norm_out)
-        head = policy_head(transformer.proj_out, policy, components, logstd_width)
-        if policy == "gmflow":
+        head = policy_head(transformer.proj_out, spec, components, logstd_width)
+        if spec.kind == "GMFlow":
             head.watch(norm)
         self.switches = Switch(transformer.norm_out, norm), Switch(transformer.proj_out, head)
         transformer.norm_out, transformer.proj_out = self.switches
@@ -106,6 +104,17 @@ class TwoRoles:
         for layer in self.lora:  # peft's own enable_adapters would also change requires_grad
             layer._disable_adapters = not student
 
+    def shard(self) -> None:
+        """Splits frozen and trained parameters over all processes, block by block, in place."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        # LoRA travels in the base's dtype, its gradients as float32
+        precision = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        for blocks in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(self.net, blocks, ()):
+                fully_shard(block, mp_policy=precision)
+        fully_shard(self.net, mp_policy=precision)
+
 
 def _autocast(module: nn.Module) -> None:
     """Makes a module run under bfloat16 autocast."""
@@ -119,42 +128,40 @@ def _autocast(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def policy_head(proj_out: nn.Linear, policy: str, copies: int, logstd_width: int) -> nn.Module:
+def policy_head(proj_out: nn.Linear, spec: PolicySpec, copies: int, logstd_width: int) -> nn.Module:
     """The base's velocity, for every component or grid point; polynomial orders above 0 are zero.
 
-    gmflow: noise on the bias tells the components apart; equal weights, one standard deviation.
+    GMFlow: noise on the bias tells the components apart; equal weights, one standard deviation.
     """
     width, rows = proj_out.in_features, proj_out.out_features
-    spread = INITIAL_STD if policy == "gmflow" else 0.0
+    spread = INITIAL_STD if spec.kind == "GMFlow" else 0.0
     weight, bias = repeat_head(
         proj_out.weight.float(), proj_out.bias, copies, rows // PATCH**2, spread, inner=PATCH**2
     )
-    if policy == "dx-polynomial":
+    if spec.options.get("mode") == "polynomial":
         weight[rows:] = 0
         bias[rows:] = 0
-    if policy == "gmflow":
-        head = GMHead(width, rows, copies, logstd_width).to(weight.device)
+    if spec.kind == "DX":
+        head = layer = nn.Linear(width, copies * rows, proj_out.bias is not None)
+    else:
+        head = GMHead(width, rows, copies, logstd_width)
         layer, (hidden, last) = head.means, (head.logstds[1], head.logstds[3])
         nn.init.xavier_uniform_(hidden.weight)
         for parameter in (*head.logweights.parameters(), hidden.bias, last.weight):
             nn.init.zeros_(parameter)
         nn.init.constant_(last.bias, math.log(INITIAL_STD))
-    else:
-        head = nn.Linear(width, copies * rows, proj_out.bias is not None).to(weight.device)
-        layer = head
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(bias)
     return head
 
 
-def make_student(
-    roles: TwoRoles, conditions: Conditions, spec: PolicySpec, guidance: float | None = None
-) -> Callable:
-    """The callable (x (B, C, H, W), t (B,)) -> policy. guidance: what FLUX embeds."""
+def make_student(roles: TwoRoles, conditions: Conditions, guidance: float) -> Callable:
+    """The callable (x (B, C, H, W), t (B,)) -> policy. guidance: embedded, in FLUX."""
 
     def student(x: Tensor, t: Tensor):
-        return spec.build(roles.family.evaluate(roles.net, x, t, conditions, guidance), x, t)
+        output = roles.family.evaluate(roles.net, x, t, conditions, guidance)
+        return roles.spec.build(output, x, t)
 
     return student
 
@@ -166,57 +173,43 @@ def make_teacher(
 
     negative: of one row, for a family that does not embed its guidance.
     """
-    family = roles.family
+    family, copies = roles.family, 1
     if not family.embeds_guidance:
         unguided = Conditions(negative.embeds.expand(len(conditions.embeds), -1, -1))
-        conditions = Conditions.stack([conditions, unguided])
+        conditions, copies = Conditions.stack([conditions, unguided]), 2
 
     @torch.no_grad()
     def teacher(x: Tensor, t: Tensor) -> Tensor:
+        inputs = x.repeat(copies, 1, 1, 1), t.repeat(copies)
         with roles.teacher() as net:
-            if family.embeds_guidance:
-                return unpack(family.evaluate(net, x, t, conditions, guidance), x).float()
-            both = torch.cat([x, x])
-            u = unpack(family.evaluate(net, both, torch.cat([t, t]), conditions), x).float()
-            return guided_velocity(*u.chunk(2), guidance, t)
+            tokens = family.evaluate(net, *inputs, conditions, guidance)
+        u = unpack(tokens, x).float()
+        return u if family.embeds_guidance else guided_velocity(*u.chunk(2), guidance, t)
 
     return teacher
-
-
-def shard(roles: TwoRoles) -> None:
-    """Splits frozen and trained parameters over all processes, block by block, in place."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    # LoRA travels in the base's dtype, its gradients as float32
-    precision = MixedPrecisionPolicy(roles.dtype, torch.float32, cast_forward_inputs=False)
-    for blocks in ("transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(roles.net, blocks, ()):
-            fully_shard(block, mp_policy=precision)
-    fully_shard(roles.net, mp_policy=precision)
 
 
 # ---- Its adapter ---------------------------------------------------------------------------------
 
 
-def adapter_of(
-    roles: TwoRoles, weights: dict[str, Tensor], spec: PolicySpec, sampling: Sampling
-) -> Adapter:
+def adapter_of(roles: TwoRoles, weights: dict[str, Tensor], sampling: Sampling) -> Adapter:
     """The adapter in the published layout. weights: whole, by the names of `roles.trained()`."""
     config = {key: value for key, value in roles.net.config.items() if key[0] != "_"}
     config["_diffusers_version"] = import_diffusers().__version__
     config["_class_name"] = roles.family.transformer
     tensors = {
-        adapter_key(name, spec): value.to("cpu", roles.dtype).contiguous()
+        adapter_key(name, roles.spec): value.to("cpu", roles.dtype).contiguous()
         for name, value in weights.items()
     }
-    if spec.kind == "GMFlow":
+    if roles.spec.kind == "GMFlow":
         config["_class_name"] = "GM" + roles.family.transformer
         config["num_gaussians"] = len(tensors["proj_out_logweights.weight"]) // PATCH**2
         config["logstd_inner_dim"] = len(tensors["proj_out_logstds.1.weight"])
         config |= {"gm_num_logstd_layers": 2, "logweights_channels": 4, "constant_logstd": None}
     else:
         config |= {"out_channels": len(tensors["proj_out.weight"]), "patch_size": 1}
-    return Adapter("", config, tensors, spec.settings(), sampling)
+    policy = {"type": roles.spec.kind, **roles.spec.options}
+    return Adapter("", config, tensors, policy, sampling)
 
 
 def adapter_key(name: str, spec: PolicySpec) -> str:
@@ -226,7 +219,7 @@ def adapter_key(name: str, spec: PolicySpec) -> str:
     return name.replace("proj_out.student.", head)
 
 
-def read_trained(path: str, roles: TwoRoles, spec: PolicySpec) -> dict[str, Tensor]:
+def read_trained(path: str, roles: TwoRoles) -> dict[str, Tensor]:
     """What is trained, by the names of `roles.trained()`, from a checkpoint: the moving average.
 
     path: checkpoints/step_*.pt of a run, or a public .pth, which holds student and average under
@@ -238,14 +231,11 @@ def read_trained(path: str, roles: TwoRoles, spec: PolicySpec) -> dict[str, Tens
     if found is None:
         state = state.get("state_dict", state)
         averaged = {k: v for k, v in state.items() if k.split(".")[0].endswith("_ema")}
-        known = {"." + adapter_key(name, spec): name for name in trained}
+        known = {"." + adapter_key(name, roles.spec): name for name in trained}
         found = {}
         for key, value in (averaged or state).items():
             end = "." + key.replace(".default.", ".")
-            name = next((known[name] for name in known if end.endswith(name)), key)
-            found[name] = value
-    missing, unknown = sorted(trained.keys() - found.keys()), sorted(found.keys() - trained.keys())
-    if missing or unknown:
-        counts = f"{len(missing)} missing, {len(unknown)} unknown"
-        raise ValueError(f"{path} is not of this student ({counts}): {(missing + unknown)[:4]}")
+            found[next((known[name] for name in known if end.endswith(name)), key)] = value
+    if differ := sorted(trained.keys() ^ found.keys()):
+        raise ValueError(f"{path}: {len(differ)} tensors are missing or unknown: {differ[:4]}")
     return found

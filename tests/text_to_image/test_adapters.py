@@ -158,14 +158,14 @@ def test_policy_settings():
 
     assert policy_of(read("gmqwen")).kind == "GMFlow"
     spec = policy_of(read("dxqwen"))
-    assert (spec.kind, spec.mode) == ("DX", "grid")
-    assert (spec.segment_size, spec.shift) == pytest.approx((1 / 3.5, 3.2))
-    assert policy_of(read("dxqwen_poly")).mode == "polynomial"
+    assert spec.kind == "DX"
+    assert spec.options == pytest.approx({"segment_size": 1 / 3.5, "shift": 3.2})
+    assert policy_of(read("dxqwen_poly")).options == {"mode": "polynomial", "shift": 3.2}
     bare = read("dxqwen")._replace(policy=None)
-    assert policy_of(bare, {"segment_size": 0.5, "shift": 2}).segment_size == 0.5
-    assert policy_of(bare, None, {"segment_size": 0.25, "shift": 2}).segment_size == 0.25
+    assert policy_of(bare, {"segment_size": 0.5, "shift": 2}).options["segment_size"] == 0.5
+    assert policy_of(bare, None, {"segment_size": 0.25, "shift": 2}).options["shift"] == 2
     spec = policy_of(read("dxqwen"), {"segment_size": 0.5}, {"segment_size": 0.25, "shift": 1})
-    assert (spec.segment_size, spec.shift) == (0.5, 3.2)
+    assert spec.options == {"segment_size": 0.5, "shift": 3.2}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_policy_settings():
         ("dxqwen", {"type": "DX", "mode": "polynomial"}, None, "its DX head needs .* shift"),
         ("dxqwen", {"type": "GMFlow"}, None, "GMFlow.*its DX head"),
         ("gmqwen", {"type": "DX", "shift": 3.2}, None, "DX.*its GMFlow head has no settings"),
-        ("gmqwen", ..., {"segment_size": 0.2}, "0.2.; its GMFlow head has no settings"),
+        ("gmqwen", ..., {"segment_size": 0.2}, "0.2.: its GMFlow head has no settings"),
         ("dxqwen", ..., {"segments": 0.2}, "'segments': 0.2"),
         ("dxqwen", ..., {"mode": "cubic"}, "'mode': 'cubic'"),
         ("dxqwen", ..., {"segment_size": 0}, "'segment_size': 0,"),
