@@ -57,13 +57,10 @@ def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) 
 def load_inception(device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """uint8 images (B, 3, H, W) -> (features (B, 2048), logits (B, 1008)).
 
-    Its weights are downloaded into the cache of torch.hub; they are not unpickled. Raises:
-    ImportError without torch-fidelity.
+    Its weights are downloaded into the cache of torch.hub; they are not unpickled.
     """
-    try:
-        from torch_fidelity import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ImportError("the FID needs: pip install torch-fidelity") from error
+    from torch_fidelity import FeatureExtractorInceptionV3
+
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # whatever torch-fidelity passes to torch.load
     before = os.environ.get(variable, "0")
     os.environ[variable] = "1"

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,7 +126,7 @@ def load_dit(
         flip_time: for a network that was trained with t = 1 as data (SiT): it gets 1 - t, and the
             sign of its output changes.
     Raises: FileNotFoundError, or ValueError for a file that cannot be read, does not fit, is not
-        finite, or states another value than an argument. ImportError without huggingface_hub.
+        finite, or states another value than an argument.
     """
     given = {"num_heads": num_heads, "time_scale": time_scale, "head": head}
     given |= {"flip_time": flip_time or None}
@@ -135,7 +134,7 @@ def load_dit(
     with local_file(source) as path:
         state, stated = read_state(path)
         try:
-            config, state, notes = to_ours(state, stated | given)
+            config, state = to_ours(state, stated | given)
             facts = {"head": config.head} | stated
             for key, value in given.items():
                 if facts.get(key, value) != value:
@@ -152,8 +151,6 @@ def load_dit(
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:500]
             raise ValueError(f"{source} does not fit a DiT: {reason}") from error
-        if notes:
-            warnings.warn(f"{source}: {'; '.join(notes)}", stacklevel=2)
         return net.float().to(device).eval()
 
 
@@ -173,12 +170,10 @@ def local_file(source: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(
             f"no file {source}; give a checkpoint, a run or owner/repository/path/in/repository"
         )
-    try:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
 
+    try:
         fetched = hf_hub_download(f"{owner}/{name}", inside)
-    except ImportError as error:
-        raise ImportError(f"no file {source}; for the Hub: pip install huggingface_hub") from error
     except OSError as error:
         raise FileNotFoundError(f"no file {source}, and not on the Hub: {error}") from error
     yield Path(fetched)
@@ -242,11 +237,9 @@ def load_decoder(
 def load_vae(
     device: torch.device, name: str = VAE, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """An autoencoder by its name on the Hub or its folder. ImportError if diffusers is missing."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError("ImageNet latents need the VAE: pip install diffusers") from error
+    """An autoencoder by its name on the Hub or its folder."""
+    from diffusers import AutoencoderKL
+
     return AutoencoderKL.from_pretrained(name).to(device, dtype).eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ more output rows             a variance half, a log standard deviation: left out
 
 import math
 import re
+import warnings
 
 import torch
 from torch import Tensor
@@ -69,23 +70,20 @@ def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def to_ours(
-    state: dict[str, Tensor], known: dict
-) -> tuple[DiTConfig, dict[str, Tensor], list[str]]:
-    """Any known layout -> the config, a state dict of ours, and what was converted, in words.
+def to_ours(state: dict[str, Tensor], known: dict) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Any known layout -> the config and a state dict of ours. Warns of what is left out.
 
     known: what the file or the caller states of the config; the rest is read from names and shapes.
     Raises: ValueError or KeyError for what is no DiT, or does not tell which.
     """
-    state, notes = one_network(state)
-    state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
-    merge_repeated(state, notes)
+    state = one_network(state)
+    merge_repeated(state)
     facts = {}
     if any(key.startswith("transformer_blocks.") for key in state):
         state = from_published(state)
         facts["norm2_eps"] = PUBLISHED_NORM2_EPS
         if "time_scale" not in known:
-            notes.append("factor of t not stated, taken as 1 (the fm networks need 1000)")
+            warnings.warn("factor of t not stated, taken as 1 (fm networks: 1000)", stacklevel=3)
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
     rows = drop_positions(state, hidden)
     if rows:
@@ -101,15 +99,14 @@ def to_ours(
         shapes["components"] = len(state["final_layer.means.weight"]) // (patch**2 * channels)
         shapes["logstd_hidden"] = len(state["final_layer.logstds.1.weight"])
     else:
-        head = known.get("head")
-        shapes["components"] = cut_head(state, patch**2, channels, head, notes)
-        is_dx = shapes["components"] > 1 or head == "dx"  # N = 1 looks like a velocity
+        shapes["components"] = cut_head(state, patch**2, channels, known.get("head"))
+        is_dx = shapes["components"] > 1 or known.get("head") == "dx"  # N = 1 looks like a velocity
         shapes["head"] = "dx" if is_dx else "velocity"
-    return DiTConfig(**facts | shapes), state, notes
+    return DiTConfig(**facts | shapes), state
 
 
-def one_network(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """-> the tensors of one network under names without prefixes, and a note on what was removed.
+def one_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one network, under names without prefixes.
 
     Of several networks it is the moving average, whose prefix has "ema" in it.
     """
@@ -124,13 +121,13 @@ def one_network(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
         raise ValueError(f"it holds no network of a known layout, or several; its keys: {first}")
     prefix = prefixes.pop()
     found = {key.removeprefix(prefix): plain[key] for key in plain if key.startswith(prefix)}
-    if found.keys() == state.keys():
-        return found, []
-    others = f"{len(state) - len(found)} other tensors left out"
-    return found, [f"prefix {prefix or 'of wrappers'} removed, {others}"]
+    if found.keys() != state.keys():
+        others = f"{len(state) - len(found)} other tensors left out"
+        warnings.warn(f"prefix {prefix or 'of wrappers'} removed, {others}", stacklevel=4)
+    return {key: value for key, value in found.items() if not key.startswith("projectors.")}
 
 
-def merge_repeated(state: dict[str, Tensor], notes: list[str]) -> None:
+def merge_repeated(state: dict[str, Tensor]) -> None:
     """Keeps once the embeddings that diffusers' DiT stores in each block; they have to be equal."""
     repeated = [key for key in state if ".norm1.emb." in key]
     for key in repeated:
@@ -138,8 +135,6 @@ def merge_repeated(state: dict[str, Tensor], notes: list[str]) -> None:
         once = "emb." + key.split(".norm1.emb.")[1]
         if not torch.equal(state.setdefault(once, value), value):
             raise ValueError(f"{key} is not that of the other blocks: each has its own embedding")
-    if repeated:
-        notes.append(f"{len(repeated)} embeddings repeated in the blocks are kept once")
 
 
 def drop_positions(state: dict[str, Tensor], hidden: int) -> int:
@@ -154,9 +149,7 @@ def drop_positions(state: dict[str, Tensor], hidden: int) -> int:
     return rows
 
 
-def cut_head(
-    state: dict[str, Tensor], pixels: int, channels: int, head: str | None, notes: list[str]
-) -> int:
+def cut_head(state: dict[str, Tensor], pixels: int, channels: int, head: str | None) -> int:
     """Drops output rows that no velocity needs. -> velocities per sample: 1, or N of a dx head.
 
     Rows are (pixels, channels) of a velocity, (pixels, N, channels) of a dx head, (pixels, 2
@@ -164,8 +157,7 @@ def cut_head(
     """
     unit = pixels * channels
     rows = len(state["final_layer.linear.weight"])
-    spare = {2 * unit: "variance half", pixels * (channels + 1): "log standard deviation"}
-    if head == "dx" or rows not in spare:
+    if head == "dx" or rows not in (2 * unit, pixels * (channels + 1)):
         return rows // unit
     if rows == 2 * unit and head is None:
         raise ValueError(
@@ -174,5 +166,5 @@ def cut_head(
         )
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[key] = state[key].unflatten(0, (pixels, -1))[:, :channels].flatten(0, 1)
-    notes.append(f"its head is read as a velocity, its {spare[rows]} is left out")
+    warnings.warn(f"its head is read as a velocity: {unit} of {rows} rows", stacklevel=4)
     return 1

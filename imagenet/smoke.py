@@ -6,8 +6,7 @@
 
 On a GPU: DiT-XL/2, one micro-batch per step and process, at the settings of the preset. On a CPU:
 the tiny network, to see the program run; its times say nothing about a GPU. Nothing is downloaded
-or written. Prints seconds, memory beside the formula, images per second, and what they mean for
-each preset by arithmetic: micro-batches times their time, plus one optimizer step.
+or written. Hours are arithmetic: the micro-batches of a preset's run times the seconds of a step.
 """
 
 if not __package__:
@@ -16,7 +15,6 @@ if not __package__:
 import math
 import time
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,14 +28,6 @@ from imagenet.dit import PRESETS as NETWORKS
 from imagenet.dit import DiT
 
 STEPS = 2  # measured; one more before them warms up and compiles
-
-
-class Measured(NamedTuple):
-    """Seconds of one micro-batch (all its segments) and of one optimizer step; peak memory."""
-
-    micro_batch: float
-    step: float
-    gib: float
 
 
 def random_teacher(name: str, device: torch.device) -> DiT:
@@ -67,66 +57,55 @@ def memory_formula(s: Settings, net: DiT, world: int = 1) -> float:
     return (weights + s.micro_batch * sample) / 2**30
 
 
-def measure(s: Settings, task: Distillation, place: Place) -> Measured:
+def seconds_per_step(s: Settings, task: Distillation, place: Place) -> float:
     """Trains for three steps of one micro-batch per process. Every process calls this."""
     if s.shard:
         task.shard(task.net)
     state, log = State(task.net.train(), s), Log(s, 0, place.device)
-
-    def now() -> float:
-        if place.device.type == "cuda":
-            torch.cuda.synchronize(place.device)
-        return time.perf_counter()
-
-    micro_batch = step = 0.0
     with compiled_policies(task.compile):
         for i in range(1 + STEPS):
+            if i == 1:
+                began = time.perf_counter()
             state.optimizer.zero_grad()
-            began = now()
             add_gradients(s, task, i, place, log)
-            middle = now()
             nn.utils.clip_grad_norm_(state.weights, s.clip)
             state.step()
-            if i:
-                micro_batch += (middle - began) / STEPS
-                step += (now() - middle) / STEPS
-    return Measured(micro_batch, step, memory_gib(place.device))
+            if place.device.type == "cuda":
+                torch.cuda.synchronize(place.device)
+    return (time.perf_counter() - began) / STEPS
 
 
-def hours(s: Settings, measured: Measured, of: Settings, world: int) -> float:
-    """Of a whole run of `s`, from what micro-batches of the settings `of` take."""
+def hours(s: Settings, seconds: float, of: Settings, world: int) -> float:
+    """Of a whole run of `s`, from the seconds of a step of the settings `of`."""
     segments = 1 if s.latents else s.nfe
     rounds = math.ceil(s.batch / (world * of.micro_batch)) * segments / of.nfe
-    return (rounds * measured.micro_batch + measured.step) * s.iterations / 3600
+    return rounds * seconds * s.iterations / 3600
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and prints; see the top of the file."""
     s = read_settings(argv, __doc__, "gm-repa-1nfe")
     with processes(s.device) as place:
-        device = place.device
-        name = "xl2" if device.type == "cuda" and s.teacher != "tiny" else "tiny"
+        name = "xl2" if place.device.type == "cuda" and s.teacher != "tiny" else "tiny"
         if name == "tiny" and s.teacher != "tiny":
             s = replace(PRESETS["tiny"], compile=s.compile, seed=s.seed)
         none = {"latents": None, "fid_images": 0, "logger": None}
         s = replace(s, batch=s.micro_batch * place.world, **none)
-        task = Distillation(s, device, random_teacher(name, device))
-        measured = measure(s, task, place)
+        task = Distillation(s, place.device, random_teacher(name, place.device))
+        seconds = seconds_per_step(s, task, place)
     if place.rank:
         return
+    memory, formula = memory_gib(place.device), memory_formula(s, task.net, place.world)
     print(
-        f"{place.world} x {device.type}: network {name}, {s.policy} {s.components}, nfe {s.nfe}, "
-        f"micro-batch {s.micro_batch}, torch.compile {'on' if task.compile else 'off'}\n"
-        f"peak memory          {measured.gib:8.1f} GiB per process; the formula for a GPU: "
-        f"{memory_formula(s, task.net, place.world):.1f}\n"
-        f"micro-batch          {1e3 * measured.micro_batch:8.1f} ms\n"
-        f"optimizer step       {1e3 * measured.step:8.1f} ms\n"
-        f"images per second    {s.batch * s.nfe / measured.micro_batch:8.1f} of one segment\n"
+        f"{place.world} x {place.device.type}: network {name}, {s.policy} {s.components}, "
+        f"nfe {s.nfe}, micro-batch {s.micro_batch}, compiled: {task.compile}\n"
+        f"peak memory   {memory:8.1f} GiB per process; the formula for a GPU: {formula:.1f}\n"
+        f"step          {1e3 * seconds:8.1f} ms, {s.batch * s.nfe / seconds:.1f} images/s\n"
         "\npreset                  hours, with this micro-batch and policy"
     )
     for preset, other in PRESETS.items():
         if (other.teacher == "tiny") == (name == "tiny"):
-            print(f"{preset:18s} {hours(other, measured, s, place.world):10.1f}")
+            print(f"{preset:18s} {hours(other, seconds, s, place.world):10.1f}")
 
 
 if __name__ == "__main__":

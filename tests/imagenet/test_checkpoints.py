@@ -218,7 +218,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
 
 def test_hub_sources_need_the_hub_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+    with pytest.raises(ImportError, match="huggingface_hub"):
         load_dit("owner/repository/folder/net.safetensors")
 
 
@@ -262,13 +262,13 @@ def outputs(net: DiT) -> torch.Tensor:
         return net(x, t, labels)
 
 
-@pytest.mark.parametrize("extra, word", [(4, "variance half"), (1, "log standard deviation")])
-def test_a_second_half_of_the_head_is_left_out(tmp_path, extra, word):
+@pytest.mark.parametrize("extra, rows", [(4, 32), (1, 20)])
+def test_a_second_half_of_the_head_is_left_out(tmp_path, extra, rows):
     """SiT's and DiT's learn_sigma; one Gaussian with its log std. Never N = 2 of dx."""
     net = random_net()
     state = head_rows(net.state_dict(), torch.randn(4, extra, 24)) | positions()
     head = "velocity" if extra == 4 else None
-    with pytest.warns(UserWarning, match=f"read as a velocity, its {word} is left out"):
+    with pytest.warns(UserWarning, match=f"read as a velocity: 16 of {rows} rows"):
         found = load_dit(saved(tmp_path, {"ema": state, "args": None}), num_heads=2, head=head)
     assert found.config == dataclasses.replace(net.config, logstd_hidden=1024)
     assert torch.equal(outputs(found), outputs(net))
@@ -280,7 +280,7 @@ def test_twice_the_rows_without_a_sign_of_either_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a velocity with a variance half, or dx with N = 2"):
         load_dit(path, num_heads=2)
     assert torch.equal(outputs(load_dit(path, num_heads=2, head="dx")), outputs(net))
-    with pytest.warns(UserWarning, match="variance half"):
+    with pytest.warns(UserWarning, match="16 of 32 rows"):
         assert load_dit(path, num_heads=2, head="velocity").config.head == "velocity"
     save_dit(net, tmp_path / "net.safetensors")  # its header says
     assert torch.equal(outputs(load_dit(tmp_path / "net.safetensors")), outputs(net))
@@ -365,7 +365,7 @@ def test_embeddings_repeated_in_each_block(tmp_path):
         repeated = {f"transformer_blocks.{i}.norm1.{k}": v.clone() for k, v in embedding.items()}
         state |= repeated
     save_file(state, tmp_path / "net.safetensors")
-    with pytest.warns(UserWarning, match="10 embeddings repeated in the blocks are kept once"):
+    with pytest.warns(UserWarning, match="16 of 32 rows"):
         found = load_dit(tmp_path / "net.safetensors", num_heads=2, head="velocity")
     assert torch.equal(outputs(found), outputs(net))
     state["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"] += 1
@@ -458,7 +458,7 @@ def test_what_a_file_does_not_state_is_stated_once(tmp_path):
     path = saved(tmp_path, head_rows(net.state_dict(), torch.randn(4, 4, 24)))
     out = tmp_path / "out.safetensors"
     flags = ["--num-heads", "2", "--time-scale", "1000", "--head", "velocity", "--flip-time"]
-    with pytest.warns(UserWarning, match="variance half"):
+    with pytest.warns(UserWarning, match="16 of 32 rows"):
         checkpoints.main([str(path), str(out), *flags])
     found = load_dit(out)
     assert (found.config.time_scale, found.config.flip_time) == (1000.0, True)
