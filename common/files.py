@@ -130,4 +130,15 @@ def read_json(path: str | Path) -> dict:
     try:
         return {} | json.loads(read_text(path) or "{}")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable JSON object: {error}") from error
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+def check_same(path: str | Path, made_from: dict) -> None:
+    """Raises: ValueError if the JSON file of an earlier run states other values."""
+    before = read_json(path)
+    for name, value in made_from.items():
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"{path} is of a run with {name} = {before[name]!r}, this one has {value!r}; "
+                "choose another output folder, or the same settings to continue"
+            )

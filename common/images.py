@@ -71,7 +71,5 @@ def square(image: Tensor, side: int) -> Tensor:
 
 def is_turned(path: str | Path) -> bool:
     """Whether `read_image` turns a file by its EXIF orientation."""
-    from PIL import Image
-
     with Image.open(path) as image:
         return image.getexif().get(0x0112, 1) != 1

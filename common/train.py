@@ -41,10 +41,10 @@ from tqdm import tqdm
 
 from common.cli import DEVICE_HELP, MAX_SEED, setting
 from common.files import (
+    check_same,
     is_remote,
     join,
     list_files,
-    read_json,
     reading,
     remove,
     remove_leftovers,
@@ -261,19 +261,6 @@ def newest(out: str) -> dict[str, Any] | None:
     return None
 
 
-def check_same(s: TrainSettings) -> None:
-    """Raises: ValueError if the run in s.out has other settings of those that decide numbers."""
-    path = join(s.out, "config.json")
-    before, now = read_json(path), as_json(s)
-    for field in dataclasses.fields(s):
-        name = field.name
-        if not field.metadata.get("free") and before.get(name, now[name]) != now[name]:
-            raise ValueError(
-                f"{path} is of a run with {name} = {before[name]!r}, this one has {now[name]!r}; "
-                "choose another output folder, or the same settings to continue"
-            )
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 
@@ -290,7 +277,8 @@ def start(s: TrainSettings, task: Any, place: Place) -> State:
         )
     if s.shard and s.optimizer != "adamw":
         raise ValueError(f"--optimizer {s.optimizer} cannot handle the parameters of --shard")
-    check_same(s)
+    decisive = [field.name for field in dataclasses.fields(s) if not field.metadata.get("free")]
+    check_same(join(s.out, "config.json"), {name: as_json(s)[name] for name in decisive})
     if s.shard:
         task.shard(task.net)
     state = State(task.net.train(), s)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import DEVICE_HELP, parse, run_cli, setting
-from common.files import read_json, remove_leftovers, write_json, writing
+from common.files import check_same, read_json, remove_leftovers, write_json, writing
 from common.fingerprint import fingerprint
 from common.images import HIDDEN, is_turned, list_images, read_image, square
 from common.processes import from_first, processes, total
@@ -118,17 +118,6 @@ def write_shard(
         with writing(s.out / f"{name}_{number:05d}.npy") as temporary:
             np.save(temporary, array)
     return turned
-
-
-def check_same(path: Path, made_from: dict) -> None:
-    """Raises: ValueError if shards of something else are in the folder."""
-    before = read_json(path)
-    for name, value in made_from.items():
-        if before.get(name, value) != value:
-            raise ValueError(
-                f"{path}: the shards there have {name} = {before[name]!r}, these {value!r}; "
-                "choose another folder, or the same settings to continue"
-            )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -65,10 +65,10 @@ def test_leftovers_of_a_killed_process_go(tmp_path):
     assert os.listdir(tmp_path) == ["text"]
 
 
-@pytest.mark.parametrize("content, message", [("{", "not a readable"), ("[1]", "JSON object")])
-def test_damaged_json_is_named(tmp_path, content, message):
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_json_is_named(tmp_path, content):
     files.write_text(tmp_path / "a.json", content)
-    with pytest.raises(ValueError, match=f"a.json.*{message}"):
+    with pytest.raises(ValueError, match="a.json is not readable JSON"):
         files.read_json(tmp_path / "a.json")
     assert files.read_json(tmp_path / "none.json") == {}
 
