@@ -79,7 +79,7 @@ def test_an_interrupted_cache_is_continued(tmp_path, cache):
 
 def test_another_cache_in_the_same_folder_is_refused(tmp_path, cache):
     cache()
-    with pytest.raises(ValueError, match="have shard = 2, these 3"):
+    with pytest.raises(ValueError, match="is of a run with shard = 2, this one has 3"):
         cache("--shard", "3")
     with pytest.raises(ValueError, match=f"have vae = '{VAE}', these 'other'"):
         cache("--vae", "other")
