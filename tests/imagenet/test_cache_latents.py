@@ -81,10 +81,10 @@ def test_another_cache_in_the_same_folder_is_refused(tmp_path, cache):
     cache()
     with pytest.raises(ValueError, match="is of a run with shard = 2, this one has 3"):
         cache("--shard", "3")
-    with pytest.raises(ValueError, match=f"have vae = '{VAE}', these 'other'"):
+    with pytest.raises(ValueError, match=f"with vae = '{VAE}', this one has 'other'"):
         cache("--vae", "other")
     (tmp_path / "images/n0/0.png").rename(tmp_path / "images/n0/00.png")
-    with pytest.raises(ValueError, match="have files = "):
+    with pytest.raises(ValueError, match="with files = "):
         cache()
 
 
