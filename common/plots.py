@@ -108,6 +108,7 @@ def _draw_board(axis: Axes, rows: Mapping[str, Sequence], columns: Sequence[str]
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
     axis.grid(False)
+    axis.figure.draw_without_rendering()  # room for these labels takes the layout two passes
 
 
 def _pixels(image: Tensor | np.ndarray) -> np.ndarray:

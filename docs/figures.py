@@ -135,17 +135,17 @@ def words() -> None:
     noise = torch.stack([torch.randn(4, 14, 14, generator=seed) for seed in seeds])
     target = steps(50)
     ends = {
-        "2 evaluations: 1 Euler step of the model itself": steps(1),
-        "4 evaluations: 2 Euler steps of the model itself": steps(2),
-        "4 evaluations: gm-qwen adapter": adapter("gm-qwen"),
-        "4 evaluations: dx-qwen adapter": adapter("dx-qwen"),
-        "8 evaluations: 4 Euler steps of the model itself": steps(4),
-        "100 evaluations: 50 Euler steps of the model itself": target,
+        "2 evaluations:\n1 Euler step": steps(1),
+        "4 evaluations:\n2 Euler steps": steps(2),
+        "4 evaluations:\ngm-qwen adapter": adapter("gm-qwen"),
+        "4 evaluations:\ndx-qwen adapter": adapter("dx-qwen"),
+        "8 evaluations:\n4 Euler steps": steps(4),
+        "100 evaluations:\n50 Euler steps": target,
     }
     rows = {}
     for name, x in ends.items():
         rmse = (x - target).square().mean().sqrt().item()
-        rows[f"{name}, endpoint RMSE {rmse:.2f}"] = qwen.decode(pipe, x)
+        rows[f"{name}\nRMSE {rmse:.2f}"] = qwen.decode(pipe, x)
     figure = image_rows(rows, columns=[text.removeprefix("a ") for text in WORDS])
     save_figure(figure, FOLDER.parent / "assets" / "tiny_text.png")
 
