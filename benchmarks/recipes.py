@@ -156,7 +156,7 @@ def run(name: str, seed: int, settings: Settings) -> tuple[distill.Settings, Pat
     changes |= {"device": "cpu", "picture_every": 0}
     argv = [part for key, value in changes.items()
             for part in ("--" + key.replace("_", "-"), str(value))]  # fmt: skip
-    config = distill.read_settings(argv)
+    config = parse(distill.Settings, "", argv, distill.PRESETS)
     start = time.process_time()
     with processes("cpu") as place:
         task = Cloning if name == "cloning" else distill.Distillation

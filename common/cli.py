@@ -164,6 +164,8 @@ def run_cli(main: Callable[[], Any]) -> None:
         stream.reconfigure(errors="replace")
     try:
         main()
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; pip install {error.name}")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

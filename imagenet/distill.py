@@ -11,15 +11,13 @@
     torchrun --nproc-per-node 8 -m imagenet.distill --preset gm-repa-2nfe --latents LATENTS
 
 `--preset` names the published runs; `--help` lists every setting. Run the same command again to
-continue an interrupted run, bit for bit. SIGTERM and Ctrl-C finish the iteration and save.
+continue an interrupted run, bit for bit. In --out: config.json, stats.jsonl, student.safetensors
+(the moving average, for imagenet.sample), checkpoints/, pictures/.
 
 **One network evaluation needs no images.** The segment starts at t = 1, in pure noise: labels and
 noise are all there is (Algorithms 2 and 3 are the same for nfe = 1). With more evaluations the
-student learns from cached latents if there are any (--latents, see imagenet.cache_latents;
-Algorithm 2), otherwise from its own trajectories (data-free, Algorithm 3).
-
-In --out: config.json, stats.jsonl, student.safetensors (the moving average, for imagenet.sample),
-checkpoints/, pictures/. The loop is common/train.py; imagenet/README.md has the recipes.
+student learns from cached latents (--latents, Algorithm 2), or else from its own trajectories
+(data-free, Algorithm 3).
 """
 
 if not __package__:
@@ -120,6 +118,12 @@ class Settings(TrainSettings):
         None, "FID: the .npz of the ADM suite, or a folder of images", path=True, free=True
     )
 
+    def __post_init__(self):
+        dx = self.policy == "dx"
+        if (dx and self.dropout) or (self.solver == "exact" and not dx):
+            given = f"--policy {self.policy} --solver {self.solver} --dropout {self.dropout}"
+            raise ValueError(f"{given}: solver exact is for dx, a dropout above 0 for gmflow")
+
     @property
     def sampling(self) -> dict[str, int | str]:
         """How the student's policy is rolled out when it is sampled."""
@@ -157,20 +161,6 @@ PRESETS = {
     "dx-repa-1nfe-n40": replace(DX, components=40, window_substeps=3),
 }  # fmt: skip
 PRESETS = {name: replace(preset, out=f"outputs/{name}") for name, preset in PRESETS.items()}
-
-
-def read_settings(
-    argv: list[str] | None = None, about: str = __doc__, preset: str = "tiny"
-) -> Settings:
-    """Command line -> Settings: a preset, then whatever is overridden.
-
-    Raises: ValueError that names the setting, what was given and what is accepted.
-    """
-    s = parse(Settings, about, argv, {preset: PRESETS[preset]} | PRESETS)
-    if (s.policy == "dx" and s.dropout) or (s.policy == "gmflow" and s.solver == "exact"):
-        given = f"--policy {s.policy} --solver {s.solver} --dropout {s.dropout}"
-        raise ValueError(f"{given}: solver exact is for dx, a dropout above 0 for gmflow")
-    return s
 
 
 # ---- The task ------------------------------------------------------------------------------------
@@ -319,7 +309,7 @@ class Distillation:
 def main(argv: list[str] | None = None) -> None:
     """Trains, or continues, the run that the command line describes."""
     keep_freed_memory()
-    s = read_settings(argv)
+    s = parse(Settings, __doc__, argv, PRESETS)
     with processes(s.device) as place:
         if s.bf16 and place.device.type == "cuda":
             torch.set_float32_matmul_precision("high")

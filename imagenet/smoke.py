@@ -19,11 +19,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from common.cli import compiled_policies, run_cli
+from common.cli import compiled_policies, parse, run_cli
 from common.log import Log, memory_gib
 from common.processes import Place, processes
 from common.train import State, add_gradients
-from imagenet.distill import PRESETS, Distillation, Settings, read_settings
+from imagenet.distill import PRESETS, Distillation, Settings
 from imagenet.dit import PRESETS as NETWORKS
 from imagenet.dit import DiT
 
@@ -84,7 +84,8 @@ def hours(s: Settings, seconds: float, of: Settings, world: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and prints; see the top of the file."""
-    s = read_settings(argv, __doc__, "gm-repa-1nfe")
+    first = {"gm-repa-1nfe": PRESETS["gm-repa-1nfe"]}
+    s = parse(Settings, __doc__, argv, first | PRESETS)
     with processes(s.device) as place:
         name = "xl2" if place.device.type == "cuda" and s.teacher != "tiny" else "tiny"
         if name == "tiny" and s.teacher != "tiny":

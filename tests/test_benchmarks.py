@@ -108,7 +108,8 @@ def test_heun_follows_the_teacher_of_one_gaussian():
 
 def test_cloning_trains_on_the_states_of_the_teacher(monkeypatch):
     flags = ["--dropout", "0", "--nfe", "2", "--device", "cpu"]
-    task = recipes.Cloning(recipes.distill.read_settings(flags), CPU)
+    s = recipes.parse(recipes.distill.Settings, "", flags, recipes.distill.PRESETS)
+    task = recipes.Cloning(s, CPU)
     seen = []
     monkeypatch.setattr(task, "guided", lambda labels: lambda x, t: seen.append((x, t)) or 0 * x)
     sizes, outs = zip(*task.losses(task.net, 0, range(4)), strict=True)

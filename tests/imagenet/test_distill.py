@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from two_processes import run_two
 
 from common import fashion, frechet
+from common.cli import parse
 from common.files import join, list_files, read_text
 from common.teachers import integrate_teacher
 from common.train import read_checkpoint
@@ -30,6 +31,10 @@ from piflow_minimal import (
 
 SMALL = DiTConfig(hidden=16, depth=2, num_heads=2, latent_size=4, num_classes=10, decoder=PIXELS)
 CPU = torch.device("cpu")
+
+
+def read_settings(argv: list[str]) -> distill.Settings:
+    return parse(distill.Settings, "", argv, distill.PRESETS)
 
 
 def small_teacher(scale: float = 0.15) -> DiT:
@@ -63,7 +68,7 @@ def flags(teacher: str, out, **changes) -> list[str]:
 
 
 def task_of(teacher_file: str, more: tuple[str, ...] = (), **changes) -> distill.Distillation:
-    s = distill.read_settings([*flags(teacher_file, "out", **changes), *more])
+    s = read_settings([*flags(teacher_file, "out", **changes), *more])
     return distill.Distillation(s, CPU)
 
 
@@ -118,7 +123,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_are_the_published_settings(name):
-    config = distill.read_settings(["--preset", name])
+    config = read_settings(["--preset", name])
     assert {key: getattr(config, key) for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
@@ -129,7 +134,7 @@ def test_time_inputs_of_the_published_teachers():
 
 def test_every_setting_is_a_flag_with_help(capsys):
     with pytest.raises(SystemExit) as end:
-        distill.read_settings(["--help"])
+        read_settings(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
     for field in dataclasses.fields(distill.Settings):
@@ -140,7 +145,7 @@ def test_every_setting_is_a_flag_with_help(capsys):
 
 def test_overrides_reach_the_config():
     argv = ["--preset", "gm-repa-1nfe", "--no-bf16", "--lr", "1e-4", "--nfe", "2"]
-    config = distill.read_settings(argv)
+    config = read_settings(argv)
     assert (config.bf16, config.lr, config.nfe, config.batch) == (False, 1e-4, 2, 4096)
 
 
@@ -386,7 +391,7 @@ def test_fid_while_training(teacher_file, monkeypatch):
 
 
 def test_fid_needs_a_reference_before_anything_is_trained():
-    s = distill.read_settings(flags("teacher", "out", fid_images=9))
+    s = read_settings(flags("teacher", "out", fid_images=9))
     teacher = small_teacher()
     teacher.config = dataclasses.replace(SMALL, decoder="some VAE")
     with pytest.raises(ValueError, match="--fid-images needs --reference"):
