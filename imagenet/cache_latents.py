@@ -3,17 +3,15 @@
     python -m imagenet.cache_latents IMAGENET/train LATENTS
     torchrun --nproc-per-node 8 -m imagenet.cache_latents IMAGENET/train LATENTS
 
-The folder has one subfolder per class; sorted by name they are the classes 0, 1, 2, ... Hidden
-files and folders are left out. Each image is turned upright by its EXIF orientation, cropped to the
-central square, resized to --size, and encoded twice, as it is and mirrored. One shard holds --shard
-images:
+The folder has one subfolder per class; sorted by name they are the classes 0, 1, 2, ... Each image
+is cropped to the central square, resized to --size, and encoded twice, as it is and mirrored. One
+shard holds --shard images:
 
     latents_00000.npy   (2 n, 2, C, H, W) float16: mean and standard deviation of the posterior,
                         with offset and scale of the VAE applied; the mirrored images are last
     labels_00000.npy    (2 n,) int64
 
-ImageNet's training set takes 42 GB. A shard that is there is not made again, so the same command
-continues an interrupted run. Needs diffusers (the VAE) and Pillow.
+ImageNet's training set takes 42 GB. The same command continues an interrupted run.
 """
 
 if not __package__:

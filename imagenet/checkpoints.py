@@ -4,10 +4,9 @@
     python -m imagenet.checkpoints SiT-XL-2-256.pt sit.safetensors --head velocity --flip-time
 
 `load_dit` reads three layouts (layouts.py): ours, that of the published pi-Flow ImageNet networks,
-and that of the SiT/REPA project. What shapes do not tell, and how a student is sampled, stands as
-`DiTConfig` in every file that is written here: in the header of .safetensors, in a run's
-checkpoints/step_*.pt under the key "export". The command writes the published layout and states
-there what a file of others does not.
+and that of the SiT/REPA project. What shapes do not tell stands as `DiTConfig` in the header of
+.safetensors, and in a run's checkpoints/step_*.pt under the key "export". The command writes the
+published layout and states there what a file of others does not.
 """
 
 if not __package__:

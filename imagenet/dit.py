@@ -1,7 +1,6 @@
 """DiT, the transformer behind the ImageNet experiments: network, heads, guided teacher, student.
 
-One backbone (Peebles & Xie 2023, in the form that SiT and REPA use: patch 2, adaLN-Zero, sin-cos
-positions, a null class for guidance) with one of three output heads:
+One backbone (Peebles & Xie 2023, in the form of SiT and REPA) with one of three output heads:
 
     head        output of net(x, t, labels)                                        used as
     velocity    u (B, C, H, W)                                                     teacher
@@ -9,13 +8,13 @@ positions, a null class for guidance) with one of three output heads:
                 logweights (B, K, 1, H, W)                                         student
     dx          velocities (B, N, C, H, W)                                         student
 
-Time runs from t = 1 (noise) to t = 0 (data); u = eps - x_0. Files are read and written in
-checkpoints.py.
+t = 1 is noise, t = 0 is data; u = eps - x_0. Files are read and written in checkpoints.py.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -128,7 +127,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=norm2_eps)
-        gelu = lambda: nn.GELU(approximate="tanh")  # noqa: E731
+        gelu = partial(nn.GELU, approximate="tanh")
         self.mlp = Mlp(hidden, hidden_features=4 * hidden, act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
 

@@ -11,15 +11,10 @@ published student (gm-fm-1nfe, gm-repa-1nfe, gm-repa-2nfe), or a teacher (tiny, 
 depends on --seed and i alone, whatever --batch and the number of processes:
 
     --labels balanced     class i modulo the number of classes, noise from the seed i
-    --labels published    class randint(0, 1000) from the seed i, noise from the seed i + 1000: the
-                          public evaluation, 29 to 80 images per class in 50,000
+    --labels published    class randint(0, 1000) from the seed i, noise from the seed i + 1000
 
-These are the seeds for --seed 0; --seed S adds S million to them, so that the noises of different
---seed are disjoint. On CUDA an ImageNet network runs in bfloat16 and its VAE in float16, as in the
-public evaluation. Metrics: imagenet/metrics.py.
-
-In --out: samples.png, metrics.json, pairs.png beside a teacher, with --npz samples.npz (uint8 NHWC
-in arr_0, labels in arr_1, as the ADM evaluation suite reads it).
+--seed S adds S million to these seeds. In --out: samples.png, metrics.json, pairs.png beside a
+teacher, with --npz samples.npz (uint8 NHWC in arr_0, labels in arr_1, for the ADM suite).
 """
 
 if not __package__:
@@ -80,9 +75,7 @@ class Settings:
         None, "noise levels with guidance; default: the run's",
         low=0, high=1, ordered=True, metavar=("LOW", "HIGH"),
     )  # fmt: skip
-    pairs: int | None = setting(
-        None, "images compared with a teacher; default: 200 for tiny, else 0", low=0
-    )
+    pairs: int = setting(200, "images compared with the teacher, if there is one", low=0)
     teacher: str | None = setting(
         None, "teacher of the pairs; default: the run's, or tiny for a tiny model", path=True
     )
@@ -134,16 +127,9 @@ def resolve_settings(s: Settings, net: DiT) -> Settings:
     of_a_run = s.model not in NAMES and not Path(s.model).is_file()
     run = read_json(join(s.model, "config.json")) if of_a_run else {}
     teacher = s.teacher or run.get("teacher", "tiny" if is_fashion(net) else None)
-    pairs = s.pairs
-    if pairs is None:
-        pairs = min(200, s.count) if is_fashion(net) else 0
-    if pairs and not teacher:
-        raise ValueError(f"--pairs is {pairs}; it needs --teacher")
     source = TEACHERS.get(s.model if is_teacher else teacher, Source(""))
+    guidance = run.get("guidance", source.guidance) if s.guidance is None else s.guidance
     interval = s.guidance_interval or run.get("guidance_interval", source.guidance_interval)
-    guidance = s.guidance
-    if guidance is None:
-        guidance = run.get("guidance", source.guidance)
     nfe = s.nfe or (64 if is_teacher else config.nfe or 1)
     # The model's whole path, because many share a file name.
     name = re.sub(r"\W+", "-", re.sub(r"\.\w+$", "", s.model)).strip("-")[-150:]
@@ -155,14 +141,12 @@ def resolve_settings(s: Settings, net: DiT) -> Settings:
         total_substeps=s.total_substeps or config.total_substeps or 128,
         solver=s.solver or config.solver or ("exact" if config.head == "dx" else "euler"),
         teacher=teacher,
-        pairs=pairs,
+        pairs=min(s.pairs, s.count) if teacher else 0,
         out=s.out or Path(f"outputs/samples/{name}-{config.head}-nfe{nfe}"),
     )
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
-
-Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
 
 
 def open_model(name: str, device: torch.device) -> DiT:
@@ -192,7 +176,7 @@ def draws(s: Settings, net: DiT, numbers: range) -> tuple[Tensor, Tensor, list[t
     return noise, labels, generators
 
 
-def sampler(net: DiT, s: Settings) -> Sampler:
+def sampler(net: DiT, s: Settings) -> Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]:
     """-> (noise (B, C, H, W), labels (B,), a generator per image) -> x_0, by `nfe` evaluations.
 
     A guided step of a teacher counts as one, though it is two evaluations of its network. The
@@ -271,11 +255,10 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_float32_matmul_precision("high")  # TF32, as in the public evaluation
         net = open_model(s.model, device)
         s = resolve_settings(s, net)
-        half = s.bf16
-        if half is None:
-            half = on_cuda and net.config.decoder != PIXELS
-        dtype = torch.bfloat16 if half else torch.float32
-        vae_dtype = torch.float16 if half and on_cuda else torch.float32
+        half = on_cuda and net.config.decoder != PIXELS if s.bf16 is None else s.bf16
+        dtype, vae_dtype = torch.float32, torch.float32
+        if half:  # as in the public evaluation
+            dtype, vae_dtype = torch.bfloat16, torch.float16
         decode = checkpoints.load_decoder(net.config, device, vae_dtype)
         net.to(dtype)
         teacher = reference = None
@@ -289,9 +272,8 @@ def main(argv: list[str] | None = None) -> None:
         images = sample_images(s, net, decode, place)
         if place.rank:
             return
-        seconds = (time.perf_counter() - began) / s.count
         found = {"model": s.model, "nfe": s.nfe, "count": s.count, "labels": s.labels}
-        found["seconds_per_image"] = seconds
+        found["seconds_per_image"] = (time.perf_counter() - began) / s.count
         labels = draws(s, net, range(s.first, s.first + s.count))[1]
         if s.npz:
             with writing(s.out / "samples.npz") as temporary:

@@ -322,7 +322,6 @@ def test_npz_is_what_the_adm_suite_reads(files, tmp_path):
         (["--solver", "heun"], "--solver: invalid choice: 'heun'"),
         (["--reference", "nowhere.npz"], "nowhere.npz"),
         (["--labels", "random"], "--labels: invalid choice: 'random'"),
-        (["--pairs", "3"], "--pairs is 3; it needs --teacher"),
         (["--h", "-1"], "--h is -1.0; it must be at least 0"),
         (["--h", "nan"], "--h is nan"),
         (["--temperature", "0"], "--temperature is 0.0"),
