@@ -3,9 +3,12 @@
     python -m engine_task --out OUT --iterations 6 --batch 6     (tests/ is on the path)
 """
 
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +106,18 @@ def main(argv: list[str] | None = None) -> None:
     s = parse(TrainSettings, __doc__, argv, {"small": SMALL})
     with processes(s.device) as place:
         train(s, Task(s), place)
+
+
+def killed_while_saving(argv: list[str]) -> None:
+    """The same; half a checkpoint is its last act."""
+
+    def save(state: dict, path: Path) -> None:
+        path.write_bytes(b"PK half of a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save
+    Task.export = lambda *_: None
+    main(argv)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engine_task import Task, flags, settings
+from engine_task import Task, flags, killed_while_saving, settings
 from torch import nn
-from two_processes import ENVIRONMENT, run_two
+from two_processes import ENVIRONMENT, run_two, server
 
 from common import train as engine
 from common.cli import parse
@@ -279,17 +279,10 @@ def test_killed_at_any_moment(tmp_path):
 def test_kill_while_a_checkpoint_is_written(tmp_path):
     out, reference = tmp_path / "run", tmp_path / "reference"
     run(out, iterations=2)
-    killed = """if True:
-        import os, pathlib, signal, sys, torch
-        import engine_task
-        def save(state, path):
-            pathlib.Path(path).write_bytes(b"PK half of a checkpoint")
-            os.kill(os.getpid(), signal.SIGKILL)
-        torch.save, engine_task.Task.export = save, lambda *_: None
-        engine_task.main(sys.argv[1:])
-    """
-    process = subprocess.run([sys.executable, "-c", killed, *flags(out=out)], env=ENVIRONMENT)
-    assert process.returncode == -signal.SIGKILL
+    process = server.Process(target=killed_while_saving, args=(flags(out=out),))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
     files = list_files(out / "checkpoints")
     assert len(files) == 2 and files[0].startswith(".tmp-") and files[1] == "step_00000002.pt"
     run(out)

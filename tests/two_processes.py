@@ -1,13 +1,22 @@
-"""Starts one of the modules as two processes of this machine, without torchrun's own seconds."""
+"""Runs the `main` of one of the modules in two processes, as torchrun would."""
 
+import importlib
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+# One process imports PyTorch, whatever it imports later, and the engine; all others are its copies.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "common.train"])
+
+
+def main(module: str, argv: list[str], place: dict[str, str]) -> None:
+    os.environ.update(place)
+    importlib.import_module(module).main(argv)
 
 
 def run_two(module: str, argv: list[str]) -> None:
@@ -16,13 +25,14 @@ def run_two(module: str, argv: list[str]) -> None:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", module, *argv]
-    started = [
-        subprocess.Popen(command, env=ENVIRONMENT | place | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
+    ranks = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    started = [server.Process(target=main, args=(module, argv, rank)) for rank in ranks]
+    for process in started:
+        process.start()
     try:
-        assert [process.wait(timeout=300) for process in started] == [0, 0]
+        for process in started:
+            process.join(300)
+        assert [process.exitcode for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
