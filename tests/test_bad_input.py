@@ -97,8 +97,6 @@ HAND = [
     ("toy_dit_imagenet", ["--class", "10"], "10"),
     ("toy_dit_imagenet", ["--guidance-interval", "0.8", "0.2"], "--guidance-interval"),
     ("toy_qwen", ["--tiny", "--height", "40"], "--height"),
-    ("toy_qwen", ["--tiny", "--prompt", " "], "--prompt"),
-    ("toy_qwen", ["--tiny", "--prompt-cache", "noise.safetensors"], "noise.safetensors"),
     ("text_to_image.generate", ["--tiny"], "prompt"),
     ("text_to_image.generate", ["--tiny", "--prompt", ""], "prompt"),
     ("text_to_image.generate", ["--tiny", "--prompt-file", "missing.txt"], "missing.txt"),
