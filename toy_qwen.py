@@ -16,6 +16,7 @@ and the settings of the tiny DiT: the same program, offline, on a CPU.
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def load_teacher(settings: Settings, device: torch.device) -> tuple[Any, list[dm
     need = loading.memory_needed(weights, QWEN, s.height * s.width, s.num_intermediates)
     print(loading.check_memory(need, device, "--quantize nf4, --offload group"))
     encoded = encode(load(("transformer", "vae")))
-    loading.release_memory()
+    gc.collect()
+    torch.cuda.empty_cache()
     return load(("text_encoder", "tokenizer")), encoded
 
 

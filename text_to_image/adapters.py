@@ -29,11 +29,6 @@ from text_to_image.families import PATCH, naming, unpack
 LORA_NAME = "piflow"
 REPLACED = ("transformer.norm_out", "transformer.proj_out")  # by an adapter
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-ACCEPTED = {
-    "GMFlow": "has no settings",
-    "DX": "needs segment_size (0 to 1) and shift, or shift and mode polynomial, as "
-    '--policy \'{"segment_size": 0.2857, "shift": 3.2}\' states them',
-}
 
 
 # ---- From network output to policy ---------------------------------------------------------------
@@ -117,11 +112,6 @@ class Adapter(NamedTuple):
     def is_gm(self) -> bool:
         return "num_gaussians" in self.config
 
-    @property
-    def head(self) -> str:
-        """What the names of the head's tensors begin with."""
-        return "proj_out_" if self.is_gm else "proj_out."
-
 
 def read_adapter(where: str) -> Adapter:
     """Reads an adapter from a folder, or from the Hub: "user/repository[/folder]".
@@ -191,7 +181,8 @@ def policy_of(
         fits = fits and options.get("mode", "grid") in ("grid", "polynomial")
         fits = fits and 0 < options.get("segment_size", 1.0) <= 1
         if not fits or not 0 < options.get("shift", 1.0) <= 1000:
-            raise ValueError(f"its {kind} head {ACCEPTED[kind]}")
+            example = 'settings as in --policy \'{"segment_size": 0.2857, "shift": 3.2}\''
+            raise ValueError(f"its {kind} head needs {example if allowed else 'no settings'}")
     return PolicySpec(kind, options)
 
 
@@ -255,7 +246,7 @@ def _new_parts(transformer: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
             head = GMHead(width, channels, config["num_gaussians"], inner)
         else:
             head = nn.Linear(width, config["out_channels"], "proj_out.bias" in adapter.tensors)
-    return {"norm_out.linear.": norm, adapter.head: head}
+    return {"norm_out.linear.": norm, "proj_out_" if adapter.is_gm else "proj_out.": head}
 
 
 def apply_adapter(transformer: nn.Module, adapter: Adapter, scale: float = 1.0) -> None:

@@ -204,10 +204,9 @@ class Distillation:
         return found | {"euler_rmse": endpoint_rmse(euler, target)}  # teacher in nfe steps
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents -> uint8 (B, H, W, 3); the VAE is on the device for this moment alone."""
+        """Latents -> uint8 (B, H, W, 3)."""
         self.pipe.vae.to(x.device)
         images = self.family.decode(self.pipe, x)
-        self.pipe.vae.to("cpu")
         return images.clamp(-1, 1).mul(127.5).add(127.5).byte().permute(0, 2, 3, 1).cpu()
 
     def export(self, state: dict[str, Tensor], folder: str | Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 PATCH = 2  # latent pixels per token and side
+STEP = 16  # sides of images are multiples of it: 8 pixels per latent pixel, 2 of these per token
 SHIFT = 3.2  # of the sampler's steps, and of the DX grids, in all published adapters
 FINAL_STEP_SIZE_SCALE = 0.5  # the last step is half as long
 
@@ -79,14 +80,9 @@ def unpack(tokens: Tensor, x: Tensor) -> Tensor:
 
 
 def latent_shape(pipe: Any, height: int, width: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of an image whose sides are multiples of `size_step`."""
+    """(C, H, W) of the latents of an image whose sides are multiples of STEP."""
     scale = pipe.vae_scale_factor
     return pipe.transformer.config.in_channels // PATCH**2, height // scale, width // scale
-
-
-def size_step(pipe: Any) -> int:
-    """Image sides must be multiples of this: 16 for all three families."""
-    return pipe.vae_scale_factor * PATCH
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -141,8 +137,7 @@ class Family:
     repo: str  # on the Hub
     pipeline: str  # classes of diffusers
     transformer: str
-    big_text_encoder: str  # the component worth quantising beside the transformer
-    text_parts = ("text_encoder", "tokenizer")  # components that only encode prompts
+    text_parts = ("text_encoder", "tokenizer")  # that only encode prompts, the largest one first
     keep = ("norm_out", "proj_out")  # modules that are never quantised
     encodes = ("embeds",)  # what the pipeline's encode_prompt returns first
     width: int  # of the transformer's hidden state
@@ -236,7 +231,6 @@ class Qwen(Family):
     repo = "Qwen/Qwen-Image"
     pipeline = "QwenImagePipeline"
     transformer = "QwenImageTransformer2DModel"
-    big_text_encoder = "text_encoder"
     encodes = ("embeds", "mask")  # None where no prompt is padded
     width = 3072
     guidance = 4.0
@@ -264,8 +258,7 @@ class Flux(Family):
     repo = "black-forest-labs/FLUX.1-dev"
     pipeline = "FluxPipeline"
     transformer = "FluxTransformer2DModel"
-    big_text_encoder = "text_encoder_2"
-    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_parts = ("text_encoder_2", "text_encoder", "tokenizer", "tokenizer_2")
     encodes = ("embeds", "pooled")
     keep = ("norm_out",)  # proj_out would also match the largest layers of the single blocks
     width = 3072
@@ -294,7 +287,6 @@ class Flux2(Family):
     repo = "black-forest-labs/FLUX.2-dev"
     pipeline = "Flux2Pipeline"
     transformer = "Flux2Transformer2DModel"
-    big_text_encoder = "text_encoder"
     width = 6144
     guidance = 4.0
     edits = True
@@ -328,8 +320,8 @@ class Flux2(Family):
     ) -> tuple[Tensor, Tensor]:
         """Editing: PIL images -> tokens (B, R, 4 C) and their ids (B, R, 4), B = samples.
 
-        Prepared as the base pipeline does: shrunk to a megapixel if larger, cropped to the size
-        step. Raises: ValueError if an image is too small or too narrow for it.
+        As the base pipeline does it: shrunk to a megapixel if larger, cropped to multiples of STEP.
+        Raises: ValueError if an image is too small or too narrow.
         """
         processor, tensors = pipe.image_processor, []
         for i, image in enumerate(images, 1):
@@ -352,10 +344,5 @@ FAMILIES = {family.name: family for family in (Qwen(), Flux(), Flux2())}
 
 def reference_size(pipe: Any, image: Any) -> tuple[int, int]:
     """(height, width) that a PIL image has as a reference: at most a megapixel, multiples of 16."""
-    image, step = pipe.image_processor._resize_if_exceeds_area(image), size_step(pipe)
-    return image.height // step * step, image.width // step * step
-
-
-def to_pil(pipe: Any, images: Tensor) -> list[Any]:
-    """Images (B, 3, H, W) in [-1, 1] -> PIL images."""
-    return pipe.image_processor.postprocess(images, output_type="pil")
+    image = pipe.image_processor._resize_if_exceeds_area(image)
+    return image.height // STEP * STEP, image.width // STEP * STEP

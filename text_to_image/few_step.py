@@ -193,7 +193,7 @@ class FewStep:
         """Latents (B, C, H, W) -> PIL images. Raises: ValueError if they are not finite."""
         pixels = self.family.decode(self.pipe, latents.to(self.device))
         check_finite("VAE", pixels)
-        return dm.to_pil(self.pipe, pixels)
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
 
     def _encode(self, prompts: Sequence[str]) -> dm.Conditions:
         for number, end in enumerate(cut_off(self.pipe, self.family, prompts), 1):
@@ -217,13 +217,12 @@ class FewStep:
         self, height: int | None, width: int | None, references: Sequence[Any]
     ) -> tuple[int, int, int]:
         """(C, H, W) of the latents of pictures of this size."""
-        step = dm.size_step(self.pipe)
         own = [self.pipe.default_sample_size * self.pipe.vae_scale_factor] * 2
         if references:
             own = dm.reference_size(self.pipe, references[0])
         sides = height or own[0], width or own[1]
-        if any(side % step for side in sides):
-            raise ValueError(f"height {sides[0]}, width {sides[1]}: must be multiples of {step}")
+        if any(side % dm.STEP for side in sides):
+            raise ValueError(f"height {sides[0]}, width {sides[1]}: must be multiples of {dm.STEP}")
         return dm.latent_shape(self.pipe, *sides)
 
     def _check_options(

@@ -1,6 +1,5 @@
 """Base models of the families: loading, quantisation, offloading, and how much memory they need."""
 
-import gc
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +79,7 @@ def quantization_config(family: Family, quantize: str, dtype: torch.dtype) -> An
         network = diffusers.BitsAndBytesConfig(**options, llm_int8_skip_modules=keep)
         text = transformers.BitsAndBytesConfig(**options)
     return diffusers.PipelineQuantizationConfig(
-        quant_mapping={"transformer": network, family.big_text_encoder: text}
+        quant_mapping={"transformer": network, family.text_parts[0]: text}
     )
 
 
@@ -116,12 +115,6 @@ def place(pipe: Any, device: torch.device, offload: str = "none") -> None:
         pipe.to(device)
 
 
-def release_memory() -> None:
-    """Hands the GPU memory of components that nothing refers to any more back."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 # ---- Memory --------------------------------------------------------------------------------------
 
 
@@ -131,7 +124,7 @@ def weights_on_gpu(
     """Bytes: all components, the largest one (offload "model"), or four layers ("group")."""
     totals, layers = [], []
     for name, module in modules.items():
-        kind = quantize if name in ("transformer", family.big_text_encoder) else "none"
+        kind = quantize if name in ("transformer", family.text_parts[0]) else "none"
         stored = getattr(module, "stored", None)
         if stored is not None:
             kind = "nf4" if stored.get("load_in_4bit") else "int8"

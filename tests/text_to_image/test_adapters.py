@@ -171,12 +171,12 @@ def test_policy_settings():
 @pytest.mark.parametrize(
     ("case", "own", "override", "message"),
     [
-        ("dxqwen", None, None, "its DX head needs segment_size .* and shift"),
-        ("dxqwen", {"type": "DX", "shift": 3.2}, None, "its DX head needs segment_size"),
-        ("dxqwen", {"type": "DX", "mode": "polynomial"}, None, "its DX head needs .* shift"),
+        ("dxqwen", None, None, "its DX head needs settings as in --policy"),
+        ("dxqwen", {"type": "DX", "shift": 3.2}, None, "its DX head needs settings as in"),
+        ("dxqwen", {"type": "DX", "mode": "polynomial"}, None, "its DX head needs settings"),
         ("dxqwen", {"type": "GMFlow"}, None, "GMFlow.*its DX head"),
-        ("gmqwen", {"type": "DX", "shift": 3.2}, None, "DX.*its GMFlow head has no settings"),
-        ("gmqwen", ..., {"segment_size": 0.2}, "0.2.: its GMFlow head has no settings"),
+        ("gmqwen", {"type": "DX", "shift": 3.2}, None, "DX.*its GMFlow head needs no settings"),
+        ("gmqwen", ..., {"segment_size": 0.2}, "0.2.: its GMFlow head needs no settings"),
         ("dxqwen", ..., {"segments": 0.2}, "'segments': 0.2"),
         ("dxqwen", ..., {"mode": "cubic"}, "'mode': 'cubic'"),
         ("dxqwen", ..., {"segment_size": 0}, "'segment_size': 0,"),

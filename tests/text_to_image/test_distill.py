@@ -579,7 +579,6 @@ def test_documented_commands_parse():
     "argv, message",
     [
         ([], "--prompts is missing"),
-        (["--tiny", "--shard"], "--shard splits"),
         (["--tiny", "--policy", "dx"], "--dropout 0.1: a dx policy has no components"),
         (["--preset", "gm-sana"], "--preset: invalid choice: 'gm-sana'"),
         (["--tiny", "--data-dependent"], "has no latents"),

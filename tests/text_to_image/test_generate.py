@@ -583,7 +583,7 @@ BAD = [
     (["--prompt", "a", "--batch", "0"], "--batch is 0; it must be at least 1"),
     (["--prompt", "a", "--policy", "{"], "--policy '{': must be a JSON object"),
     (["--prompt", "a", "--policy", "[1]"], "--policy .*: must be a JSON object"),
-    (["--prompt", "a", "--policy", '{"shift": 2}'], "'shift': 2.: its GMFlow head has no settings"),
+    (["--prompt", "a", "--policy", '{"shift": 2}'], "2.: its GMFlow head needs no settings"),
     (["--prompt", "a", "--lora", "style=much"], "--lora style=much: 'much' is not a strength"),
     (["--prompt", "a", "--lora", "missing.safetensors"], "missing.safetensors is neither"),
     (["--prompt", "a", "--lora", "./missing.safetensors"], "./missing.safetensors is neither"),
