@@ -102,15 +102,17 @@ def load(
         policy: settings that replace those in the adapter's file: type, segment_size, shift, mode.
         loras: (file, folder or Hub name, strength) of style LoRAs for the base model.
         dtype: of the networks.
-        quantize, offload: see `QUANTIZE_HELP` and `OFFLOADS` in loading.py.
+        quantize, offload: see `QUANTIZE_HELP` and `OFFLOAD_HELP` in loading.py.
         tiny: a small base in float32, see tiny.py, in place of `base`, `dtype` and `quantize`.
         pixels, batch: of the pictures to come, for the memory estimate.
         h, shift: of the sampler, where a call does not give them; shift: as trained if not given.
     Raises: ValueError, OSError, ImportError: one line.
     Warns: if an adapter that is given does not state what it was trained at.
     """
-    device, card, loras = pick_device(device), MODELS[model], list(loras)
+    device = pick_device(device)
+    card = MODELS[model]
     family = dm.FAMILIES[card.family]
+    loras = list(loras)
     pipeline = loading.pipeline_class(family)
     dm.require_package("peft", "an adapter's LoRA")
     where = adapter or (ADAPTERS.get(model) if tiny else f"{card.repo}/{card.subfolder}")
