@@ -105,6 +105,14 @@ class Conditions(NamedTuple):
         """The samples that `index` (a slice or list) picks."""
         return Conditions(*(None if value is None else value[index] for value in self))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Conditions":
+        """The same there; floating-point parts in `dtype`."""
+        moved = {}
+        for name, value in self._asdict().items():
+            if value is not None:
+                moved[name] = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return Conditions(**moved)
+
     @staticmethod
     def stack(parts: Sequence["Conditions"]) -> "Conditions":
         """Prompts of different lengths as one batch, padded and masked (Qwen)."""
