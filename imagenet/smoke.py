@@ -21,6 +21,7 @@ from torch import nn
 
 from common.cli import compiled_policies, parse, run_cli
 from common.log import Log, memory_gib
+from common.memory import activation_bytes
 from common.processes import Place, processes
 from common.train import State, add_gradients
 from imagenet.distill import PRESETS, Distillation, Settings
@@ -42,19 +43,17 @@ def random_teacher(name: str, device: torch.device) -> DiT:
 def memory_formula(s: Settings, net: DiT, world: int = 1) -> float:
     """GiB that a process needs on a GPU, from the sizes of the student.
 
-    Weights, gradient, average and AdamW's two states in float32, split by --shard; the teacher; for
-    each sample the inputs of all blocks, one block's activations (about 50 bytes per token and
-    channel under bfloat16; all blocks' without --checkpointing), and ten times the policy.
+    Weights, gradient, average and AdamW's two states in float32, split by --shard; the teacher;
+    activations, and ten times the policy.
     """
     c = net.config
     parameters = sum(p.numel() for p in net.parameters())
     weights = parameters * (20 / (world if s.shard else 1) + (2 if s.bf16 else 4))
-    tokens = c.hidden * (c.latent_size // c.patch) ** 2
-    blocks = 1 if s.checkpointing else c.depth
-    width = 1 if s.bf16 else 2
-    sample = width * tokens * (2 * c.depth + 50 * blocks)
-    sample += 10 * 4 * c.components * c.channels * c.latent_size**2
-    return (weights + s.micro_batch * sample) / 2**30
+    tokens = s.micro_batch * (c.latent_size // c.patch) ** 2
+    activations = activation_bytes(tokens, c.hidden, c.depth, s.checkpointing, inside=25)
+    activations *= 1 if s.bf16 else 2
+    policy = 4 * s.micro_batch * c.components * c.channels * c.latent_size**2
+    return (weights + activations + 10 * policy) / 2**30
 
 
 def seconds_per_step(s: Settings, task: Distillation, place: Place) -> float:

@@ -276,8 +276,9 @@ def memory_needed(s: Settings, net: nn.Module, world: int) -> float:
     weights = 2 * frozen + trained * (20 if s.optimizer == "adamw" else 14)
     if s.shard:
         weights = weights / world + 2 * 2 * frozen / layers
-    kept = layers if s.checkpointing else 40 * layers
-    return loading.memory_needed(weights, FAMILIES[s.family], 1024**2, s.micro_batch, kept)
+    return loading.memory_needed(
+        weights, FAMILIES[s.family], 1024**2, s.micro_batch, layers, s.checkpointing
+    )
 
 
 def tiny_prompts(s: Settings, place: Place) -> str:

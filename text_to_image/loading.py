@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.memory import activation_bytes
 from text_to_image.families import Family, import_diffusers, naming, require_package
 
 BYTES_PER_WEIGHT = {"none": 2.0, "int8": 1.01, "nf4": 0.57}  # with the scales of the blocks
@@ -135,15 +136,15 @@ def weights_on_gpu(
 
 
 def memory_needed(
-    weights: float, family: Family, pixels: int, batch: int, kept_layers: int = 0
-) -> float:
+    weights: float, family: Family, pixels: int, batch: int, layers: int = 0,
+    checkpointing: bool = True,
+) -> float:  # fmt: skip
     """Estimate, in bytes, of the GPU memory for images of `pixels`, `batch` at a time.
 
-    40 values of 2 bytes per token and hidden channel inside a block, one more for each layer whose
-    input is kept for the backward pass. 0.7 GB for CUDA itself.
+    Weights, activations (layers, checkpointing: see common.memory), and 0.7 GB for CUDA itself.
     """
     tokens = batch * (pixels / 256 + 512)
-    return weights + tokens * family.width * 2 * (40 + kept_layers) + 0.7e9
+    return weights + activation_bytes(tokens, family.width, layers, checkpointing) + 0.7e9
 
 
 def check_memory(need: float, device: torch.device, helps: str) -> str:
