@@ -4,12 +4,11 @@
     python -m text_to_image.cache_prompts prompts.jsonl --column caption --images file
     torchrun --nproc-per-node 8 -m text_to_image.cache_prompts OWNER/DATASET --out s3://bucket/qwen
 
-The source is a text file (a prompt per line), a JSONL file, or a dataset on the Hub. If a JSONL
-file has a field of image files (--images), their latents are cached too, for Algorithm 2. Several
-processes share the shards; the same command continues.
+If a JSONL file has a field of image files (--images), their latents are cached too, for Algorithm
+2. Several processes share the shards; the same command continues.
 
-A shard is a safetensors file of at most about 1 GB. It holds the embeddings of its prompts one
-after the other without padding, their lengths, for FLUX.1 the pooled vectors, for Qwen-Image the
+A shard is a safetensors file of at most about 1 GB: the embeddings of its prompts one after the
+other without padding, their lengths, for FLUX.1 the pooled vectors, for Qwen-Image the
 unconditional prompt, and in its metadata the prompts and what encoded them. `PromptCache` reads
 single rows of it, from a local or a remote folder.
 """
@@ -86,9 +85,7 @@ def to_float8(embeds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(pipe: Any, family: Family, prompts: Sequence[str], s: Settings) -> dict[str, Tensor]:
-    """-> lengths (n,), embeddings of all prompts without padding (sum of lengths, D), FLUX.1's
-    pooled vectors (n, P).
-    """
+    """-> lengths (n,), embeddings without padding (sum of lengths, D), FLUX.1's pooled (n, P)."""
     parts = {"lengths": [], "embeds": [], "pooled": []}
     for start in range(0, len(prompts), s.batch):
         batch = prompts[start : start + s.batch]
@@ -96,10 +93,10 @@ def encode(pipe: Any, family: Family, prompts: Sequence[str], s: Settings) -> di
         if not embeds.isfinite().all():
             raise ValueError(f"the text encoder's values are not finite, from {batch[0]!r}")
         mask = torch.ones_like(embeds[..., 0]) if mask is None else mask
-        parts["lengths"].append(mask.long().sum(1))
-        parts["embeds"].append(embeds[mask.bool()])
-        parts["pooled"] += [] if pooled is None else [pooled]
-    return {key: torch.cat(values).cpu() for key, values in parts.items() if values}
+        parts["lengths"].append(mask.long().sum(1).cpu())
+        parts["embeds"].append(embeds[mask.bool()].cpu())
+        parts["pooled"] += [] if pooled is None else [pooled.cpu()]
+    return {key: torch.cat(values) for key, values in parts.items() if values}
 
 
 def cache(settings: Settings, here: Place, pipe: Any = None) -> None:
@@ -178,7 +175,7 @@ class Shard:
         import fsspec
 
         self.path = path
-        with naming(f"{path} is damaged, delete it and run again"):
+        with naming(f"{path} cannot be read; if it is damaged, delete it and run again"):
             self.filesystem, self.name = fsspec.core.url_to_fs(path)
             self.start = 8 + int.from_bytes(self.read(0, 8), "little")
             self.tensors = json.loads(self.read(8, self.start))

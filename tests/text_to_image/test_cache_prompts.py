@@ -109,7 +109,7 @@ def test_another_encoder_or_source_is_refused(settings, pipes, tmp_path):
         PromptCache(settings.out, QWEN, "tiny")
     first = Path(settings.out, name)
     first.write_bytes(first.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="shard_00000.safetensors is damaged"):
+    with pytest.raises(ValueError, match="shard_00000.safetensors cannot .* end is missing"):
         PromptCache(settings.out, QWEN, "tiny")
 
 
