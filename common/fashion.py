@@ -61,6 +61,11 @@ class Features(NamedTuple):
     covariance: Tensor
     accuracy: float  # on the test set, for reading the recognition rate
 
+    def judge(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, 1, 28, 28) -> features (B, 64), logits (B, 10)."""
+        features = self.net.body(pixels / 127.5 - 1)
+        return features, self.net.classify(features)
+
 
 def load_features(path: str | Path = FEATURES, device: torch.device | str = "cpu") -> Features:
     """Reads the shipped feature network."""

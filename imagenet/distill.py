@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from common import frechet
 from common.cli import can_compile, compiled_policies, keep_freed_memory, parse, run_cli, setting
-from common.files import join, writing
-from common.plots import image_rows
+from common.files import join
+from common.plots import image_rows, save_figure
 from common.processes import rank, total, world
 from common.teachers import endpoint_rmse, integrate_teacher
 from common.train import TrainSettings, processes, train
@@ -218,22 +218,18 @@ class Distillation:
         }  # fmt: skip
         if self.latents:
             x_0, labels = self.latents.draw(n, self.device)
-            student, teacher = self.student(net, labels), self.guided(labels)
-            yield 1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **options)
         else:
             labels = torch.randint(self.teacher.config.num_classes, (n,), device=self.device)
             noise = torch.randn(n, *self.shape, device=self.device)
-            student, teacher = self.student(net, labels), self.guided(labels)
+        student, teacher = self.student(net, labels), self.guided(labels)
+        if self.latents:
+            yield 1.0, pi_id_data_dependent(student, teacher, x_0, s.nfe, **options)
+        else:
             yield from pi_id_data_free(student, teacher, noise, s.nfe, **options)
 
     def student(self, net: nn.Module, labels: Tensor) -> Callable:
         """(x_src, t_src) -> policy, under autocast with --bf16."""
-
-        def call(x: Tensor, t: Tensor, labels: Tensor):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.s.bf16):
-                return net(x, t, labels)
-
-        return dit_student(call, labels, 1 / self.s.nfe)
+        return dit_student(net, labels, 1 / self.s.nfe, self.s.bf16)
 
     def guided(self, labels: Tensor) -> Callable:
         """The teacher (x, t) -> u with the guidance of the settings."""
@@ -271,8 +267,7 @@ class Distillation:
             rows = {f"teacher, {TEACHER_STEPS} steps": to_pixels(self.decode(target))}
             rows[f"student, nfe {s.nfe}"] = to_pixels(self.decode(x_0))
             figure = image_rows(rows, f"the same noise, iteration {iteration}")
-            with writing(join(s.out, "pictures", f"step_{iteration:08d}.png")) as temporary:
-                figure.savefig(temporary, format="png")
+            save_figure(figure, join(s.out, "pictures", f"step_{iteration:08d}.png"))
         found = {"endpoint_rmse": endpoint_rmse(x_0, target)}
         if self.reference:
             found[self.reference.name] = self.frechet_distance(net)
@@ -298,8 +293,7 @@ class Distillation:
         with torch.device("meta"):
             net = DiT(self.net.config)
         net.load_state_dict(state, assign=True)
-        with writing(join(folder, "student.safetensors")) as temporary:
-            save_dit(net, temporary)
+        save_dit(net, join(folder, "student.safetensors"))
 
     def describe(self) -> dict:
         """What a checkpoint states about the network and its sampling."""

@@ -276,17 +276,18 @@ def guided_teacher(
 
 
 def dit_student(
-    net: DiT, labels: Tensor, segment_size: float | Tensor = 1.0, shift: float = 1.0
+    net: DiT, labels: Tensor, segment_size: float = 1.0, bf16: bool = False
 ) -> Callable[[Tensor, Tensor], GMFlowPolicy | DXPolicy]:
     """A student (x_src, t_src) -> policy from a network with a gmflow or dx head; labels (B,).
 
-    segment_size and shift are the dx policy's, as it was trained; gmflow has no such thing.
+    segment_size: of the dx policy, as it was trained; bf16: the network runs under autocast.
     """
 
     def student(x_src: Tensor, t_src: Tensor) -> GMFlowPolicy | DXPolicy:
-        output = net(x_src, t_src, labels)
+        with torch.autocast(x_src.device.type, torch.bfloat16, enabled=bf16):
+            output = net(x_src, t_src, labels)
         if isinstance(output, GaussianMixture):
             return GMFlowPolicy(output, x_src, t_src)
-        return DXPolicy(output, x_src, t_src, segment_size=segment_size, shift=shift)
+        return DXPolicy(output, x_src, t_src, segment_size=segment_size)
 
     return student

@@ -106,9 +106,9 @@ def test_components_separate_only_because_of_the_noise(noise):
 def test_students_give_policies():
     x, t, labels = inputs()
     gm = dit_student(random_net(head="gmflow", components=2), labels)(x, t)
-    dx = dit_student(random_net(head="dx", components=2), labels, 0.5, 3.2)(x, t)
+    dx = dit_student(random_net(head="dx", components=2), labels, 0.5)(x, t)
     assert isinstance(gm, GMFlowPolicy) and isinstance(dx, DXPolicy)
-    assert (dx.segment_size, dx.shift) == (0.5, 3.2)
+    assert (dx.segment_size, dx.shift) == (0.5, 1.0)
 
 
 # -- guidance ------------------------------------------------------------------------------------
