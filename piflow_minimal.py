@@ -17,6 +17,7 @@ t = 1 is noise, t = 0 is data, x_0 is data. Equations, algorithms: arXiv 2510.14
     A_k, mu_k     GaussianMixture   (B, K, ...)      weights and means of K velocity components
     std           GaussianMixture   (B, 1, ...)      their common standard deviation
     x0_hat        policy.x0_hat     (B, C, *)        denoised state, from N outputs of the network
+    K, N, M                         numbers          components, denoised states, teacher queries
 
 A *teacher* is any callable (x, t) -> u. A *student* is any callable (x_src, t_src) -> policy. The
 caller closes over labels, prompts and guidance: nothing here knows which network is behind them.
@@ -314,8 +315,8 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
             x = policy.flow(x, t[i], t[i + 1])
         else:
             u = policy.velocity(x, t[i])
-            x_next = torch.addcmul(x, _expand(dt[i], x), u)
-            if solver == "deis":
+            x_next = torch.addcmul(x, _expand(dt[i], x), u)  #  x + dt u
+            if solver == "deis":  #  x0_hat goes on as it changed in the last substep
                 x0 = x0_from_velocity(x, t[i], u)
                 x_next = torch.addcmul(x_next, _expand(bend[i], x), x0 - x0_before)
                 x0_before = x0
