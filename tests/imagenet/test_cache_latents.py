@@ -150,7 +150,7 @@ def test_paths_that_are_of_another_kind(tmp_path, cache):
     with pytest.raises(ValueError, match="is no folder of imagenet.cache_latents"):
         Latents(tmp_path / "images", NET)
     (tmp_path / "images/settings.json").write_text("{")
-    with pytest.raises(ValueError, match="settings.json is not a readable JSON"):
+    with pytest.raises(ValueError, match="settings.json is not readable JSON"):
         Latents(tmp_path / "images", NET)
 
 
