@@ -28,7 +28,8 @@ def test_base_velocity_is_that_recorded(case):
     net, t = transformer(case), recorded["b2_sigma"]
     with torch.no_grad():
         tokens = family.evaluate(net, x, t, conditions, recorded.guidance)
-    close(tokens, recorded["b2_base_direct_sample_packed"], 1e-5)
+    # the time embedding takes sin(1000 t exp(.)): the last bit of exp differs between processors
+    close(tokens, recorded["b2_base_direct_sample_packed"], 1e-4)
     close(dm.pack(dm.unpack(tokens, x)), tokens, 0)
 
 
