@@ -47,17 +47,12 @@ CHUNK = 64  # pictures between two writes
 class Settings(LoadSettings):
     """What is drawn and measured."""
 
-    prompts: str = setting(
-        "clothes", f"{KNOWN}, dataset on the Hub, clothes, coco-10k or hpsv2", path=True
-    )
+    prompts: str = setting("clothes", f"{KNOWN}, a dataset, clothes, coco-10k or hpsv2", path=True)
     column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
     split: str = setting("train", "split of a dataset on the Hub")
-    limit: int | None = setting(None, "number of prompts to use; all of them", low=2)
+    limit: int | None = setting(None, "number of prompts to use", low=2)
     out: Path = setting(Path("outputs/t2i_evaluation"), "folder for pictures and metrics")
-    clip: str | None = setting(
-        None, "CLIP score by this model, a folder or Hub name: openai/clip-vit-large-patch14",
-        path=True,
-    )  # fmt: skip
+    clip: str | None = setting(None, "CLIP score by this model: a folder or Hub name", path=True)
     hps: bool = setting(False, "HPSv2.1, by the package hpsv2")
     reference: Path | None = setting(None, "FID to a folder of real images")
 

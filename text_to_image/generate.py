@@ -162,51 +162,28 @@ def load(
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """The flags that say what draws."""
+    """The flags that say what draws. Without a value: as published, or as trained."""
 
     model: str = setting("gm-qwen", "published adapter", choices=MODELS)
-    adapter: str | None = setting(
-        None, "folder or Hub name user/repo[/folder]; the published one", path=True
-    )
+    adapter: str | None = setting(None, "adapter: a folder, or user/repo[/folder] (Hub)", path=True)
     policy: str | None = setting(None, "JSON that replaces policy settings in the adapter's file")
-    lora: tuple[str, ...] = setting(
-        (), "style LoRAs, a file, folder or Hub name each", metavar="WHERE[=STRENGTH]"
-    )
-    base: str | None = setting(
-        None, "folder or Hub name of the base pipeline; the published one", path=True
-    )
+    lora: tuple[str, ...] = setting((), "style LoRAs: file or Hub name", metavar="LORA[=STRENGTH]")
+    base: str | None = setting(None, "base pipeline: a folder or Hub name", path=True)
     quantize: str = setting("none", loading.QUANTIZE_HELP, choices=loading.BYTES_PER_WEIGHT)
     offload: str = setting("none", loading.OFFLOAD_HELP, choices=loading.OFFLOADS)
     device: str = setting("auto", DEVICE_HELP)
-    tiny: bool = setting(
-        False, "offline: a small model of clothes (flux: a random one); no --base, --quantize"
-    )
-    height: int | None = setting(
-        None, "multiple of 16; that of the first reference, or 1024", low=16, high=8192
-    )
-    width: int | None = setting(None, "as --height", low=16, high=8192)
+    tiny: bool = setting(False, "offline: a small model; --base and --quantize have no effect")
+    height: int | None = setting(None, "a multiple of 16", low=16, high=8192)
+    width: int | None = setting(None, "a multiple of 16", low=16, high=8192)
     batch: int = setting(1, "pictures per network evaluation", low=1, high=1000)
     seed: int = setting(0, "picture i starts from the noise of seed + i", low=0, high=MAX_SEED)
-    nfe: int | None = setting(
-        None, "network evaluations; those of the adapter's training", low=1, high=1000
-    )
-    guidance: float | None = setting(
-        None, "embedded guidance; that of the adapter's training", low=0
-    )
-    temperature: float | None = setting(
-        None, "temperature of GMFlow policies, without effect above 1; min(0.1 (nfe - 1), 1)",
-        above=0, high=1000,
-    )  # fmt: skip
+    nfe: int | None = setting(None, "network evaluations", low=1, high=1000)
+    guidance: float | None = setting(None, "embedded guidance", low=0)
+    temperature: float | None = setting(None, "GM temperature, without effect above 1", above=0)
     h: float = setting(0.0, "stochasticity of the sampler, up to inf", low=0, high=math.inf)
-    shift: float | None = setting(
-        None, "shift of the sampler's times; that of the adapter's training", above=0
-    )
-    total_substeps: int | None = setting(
-        None, "substeps of the rollout per unit of tau; those of the training", low=1, high=100_000
-    )
-    solver: str | None = setting(
-        None, "solver of the policy rollout; that of the training", choices=("euler", "deis")
-    )
+    shift: float | None = setting(None, "shift of the sampler's times", above=0)
+    total_substeps: int | None = setting(None, "substeps of the rollout per unit of tau", low=1)
+    solver: str | None = setting(None, "solver of the policy rollout", choices=("euler", "deis"))
 
 
 @dataclass(frozen=True)
