@@ -95,30 +95,6 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return h * (1 + scale[:, None]) + shift[:, None]
 
 
-class TimestepEmbedder(nn.Module):
-    """t (B,), already times time_scale -> (B, hidden)."""
-
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(time_features(t).to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Labels (B,), the null class last -> (B, hidden)."""
-
-    def __init__(self, num_classes: int, hidden: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
-
-
 class Block(nn.Module):
     """Attention and MLP, each scaled, shifted and gated by the condition (adaLN-Zero)."""
 
@@ -193,10 +169,13 @@ class DiT(nn.Module):
         self.config = config
         self.checkpointing = False
         self.x_embedder = PatchEmbed(None, config.patch, config.channels, config.hidden)
-        self.t_embedder = TimestepEmbedder(config.hidden)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
+        hidden = config.hidden
+        mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        labels = nn.Embedding(config.num_classes + 1, hidden)  # the null class is last
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})  # the names of the public files
+        self.y_embedder = nn.ModuleDict({"embedding_table": labels})
         self.blocks = nn.ModuleList(
-            [Block(config.hidden, config.num_heads, config.norm2_eps) for _ in range(config.depth)]
+            [Block(hidden, config.num_heads, config.norm2_eps) for _ in range(config.depth)]
         )
         self.final_layer = FinalLayer(config)
         self.initialize()
@@ -233,10 +212,12 @@ class DiT(nn.Module):
         labels = torch.as_tensor(labels, device=x.device).expand(len(x))
         if self.config.flip_time:
             t = 1 - t
-        h = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  #        (B, T, hidden)
+        dtype = self.x_embedder.proj.weight.dtype
+        h = self.x_embedder(x.to(dtype))  #                                    (B, T, hidden)
         positions = position_features(math.isqrt(h.shape[1]), self.config.hidden, x.device)
         h = h + positions.to(h.dtype)
-        condition = self.t_embedder(self.config.time_scale * t) + self.y_embedder(labels)
+        condition = self.t_embedder.mlp(time_features(self.config.time_scale * t).to(dtype))
+        condition = condition + self.y_embedder.embedding_table(labels)  #     (B, hidden)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, condition, use_reentrant=False)
