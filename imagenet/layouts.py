@@ -79,11 +79,10 @@ def to_ours(state: dict[str, Tensor], known: dict) -> tuple[DiTConfig, dict[str,
     state = one_network(state)
     merge_repeated(state)
     facts = {}
-    if any(key.startswith("transformer_blocks.") for key in state):
+    published = any(key.startswith("transformer_blocks.") for key in state)
+    if published:
         state = from_published(state)
         facts["norm2_eps"] = PUBLISHED_NORM2_EPS
-        if "time_scale" not in known:
-            warnings.warn("factor of t not stated, taken as 1 (fm networks: 1000)", stacklevel=3)
     hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
     rows = drop_positions(state, hidden)
     if rows:
@@ -102,6 +101,8 @@ def to_ours(state: dict[str, Tensor], known: dict) -> tuple[DiTConfig, dict[str,
         shapes["components"] = cut_head(state, patch**2, channels, known.get("head"))
         is_dx = shapes["components"] > 1 or known.get("head") == "dx"  # N = 1 looks like a velocity
         shapes["head"] = "dx" if is_dx else "velocity"
+    if published and "time_scale" not in known:
+        warnings.warn("factor of t not stated, taken as 1 (fm networks: 1000)", stacklevel=3)
     return DiTConfig(**facts | shapes), state
 
 

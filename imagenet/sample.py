@@ -237,10 +237,9 @@ def compare(
         ends.append(to_x0(noise, labels, generators))
         targets.append(to_target(noise, labels, generators))
     ends, targets = torch.cat(ends), torch.cat(targets)
-    role = "teacher" if net.config.head == "velocity" else "student"
     rows = {
         f"teacher, {s.teacher_steps} steps": to_pixels(decode(targets[:SHOWN])),
-        f"{role}, nfe {s.nfe}": to_pixels(decode(ends[:SHOWN])),
+        f"{net.config.head}, nfe {s.nfe}": to_pixels(decode(ends[:SHOWN])),
     }
     return endpoint_rmse(ends, targets), rows
 
