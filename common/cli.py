@@ -157,8 +157,8 @@ def _check_number(
 def run_cli(main: Callable[[], Any]) -> None:
     """Runs a script's `main`; bad input ends it with one line on stderr and exit code 1.
 
-    Errors of the kinds that our checks raise (ValueError, OSError, ImportError) are for the user;
-    everything else is a bug and keeps its traceback. What a terminal cannot print becomes "?".
+    ValueError, OSError and a package that is missing are for the user; everything else is a bug and
+    keeps its traceback. What a terminal cannot print becomes "?".
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")

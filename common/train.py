@@ -55,7 +55,7 @@ from common.log import Log, as_json
 from common.processes import Place, from_first, rank, stop_signals, total
 from common.processes import processes as processes  # beside `train`, for whoever trains
 
-MOST_SKIPPED = 10  # iterations in a row without a finite gradient before a run gives up
+MOST_SKIPPED = 10  # iterations in a row without a finite gradient: then a run gives up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +331,8 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
     if place.rank == 0:  # all that may be wrong with the settings has shown by now
         write_json(join(s.out, "config.json"), as_json(s))
     began = time.monotonic() - state.seconds
-    bad, last = 0, state.iteration >= s.iterations
+    bad = 0  # iterations in a row without a finite gradient
+    last = state.iteration >= s.iterations
     bar = tqdm(total=s.iterations, initial=state.iteration, disable=place.rank > 0 or None)
     with stop_signals() as received, bar:
         while not last:
@@ -345,7 +346,7 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
                 ) from error
             limit = s.clip if state.iteration >= s.clip_start else math.inf
             norm = nn.utils.clip_grad_norm_(state.weights, limit)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # the same on all
             stop = torch.full_like(loss, len(received))
             numbers = total(torch.stack([loss, norm / place.world, stop]))
             loss, norm, stop = numbers.tolist()  #  the only device sync of the loop itself

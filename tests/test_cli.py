@@ -1,5 +1,6 @@
 """common/cli.py: flags of a dataclass, errors of one line, compilation."""
 
+import importlib
 import warnings
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_run_cli_is_one_line_for_users_and_a_traceback_for_bugs():
         with pytest.raises(SystemExit) as stop:
             run_cli(lambda error=error: fail(error))
         assert stop.value.code == "error: a b"
+    with pytest.raises(SystemExit, match="^error: No module named 'nobody'; pip install nobody$"):
+        run_cli(lambda: importlib.import_module("nobody"))
     with pytest.raises(KeyError):
         run_cli(lambda: fail(KeyError("bug")))
 
