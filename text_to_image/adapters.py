@@ -301,6 +301,7 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> dic
     own = {
         f"{part}.{layer.removeprefix('text_model.')}"
         for part in pipeline._lora_loadable_modules
+        if part in modules
         for layer, _ in modules[part].named_modules()
     }
     names = {_layer_of(key) for key in tensors if not key.endswith(".alpha")}
