@@ -197,7 +197,7 @@ def sampler(net: DiT, s: Settings) -> Callable[[Tensor, Tensor, list[torch.Gener
     return sample_teacher if net.config.head == "velocity" else sample_student
 
 
-def sample_images(s: Settings, net: DiT, decode: Callable, place: Place) -> Tensor:
+def sample_images(s: Settings, net: DiT, decode: Callable, place: Place) -> Tensor | None:
     """All images, uint8 (count, H, W, C) on the CPU of rank 0. Processes take turns.
 
     Raises: ValueError if images are not finite.
