@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
-# One process imports PyTorch, whatever it imports later, and the engine; all others are its copies.
+# One process imports PyTorch, what it imports late, and a trainer; all others are its copies.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "common.train"])
+server.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "imagenet.distill"])
 
 
 def main(module: str, argv: list[str], place: dict[str, str]) -> None:
