@@ -403,7 +403,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def progress(i: int, out: PiIDLoss) -> None:
         if (i + 1) % max(1, s.iterations // 10) == 0:  #  reading the loss forces a device sync
-            print(f"iteration {i + 1:6d}   loss {out.loss.item():.4f}", flush=True)
+            loss = out.loss.item()
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at iteration {i + 1}; try a smaller --lr")
+            print(f"iteration {i + 1:6d}   loss {loss:.4f}", flush=True)
 
     start = time.perf_counter()
     student = train(density, s, progress)

@@ -74,7 +74,7 @@ def class_names(config: DiTConfig) -> list[str]:
 def find_class(text: str, names: list[str]) -> int:
     """A class by index or by one of its names. Raises: ValueError."""
     for index, synonyms in enumerate(names):
-        if text.lower() in (str(index), *synonyms.lower().split(", ")):
+        if text.lower() in (str(index), synonyms.lower(), *synonyms.lower().split(", ")):
             return index
     raise ValueError(f"--class {text!r} is unknown; a name, or an index below {len(names)}")
 

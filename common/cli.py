@@ -69,28 +69,32 @@ def parse(
 
     Flags are the fields' names with dashes. bool fields are --flag / --no-flag; tuple fields take
     several values. With `presets` the flag --`by` chooses the instance whose values are the
-    defaults; the first one if it is not given. `by` may be a field of cls: then other values than
-    the presets' names are values like any other.
+    defaults, also in --help; the first one if it is not given. `by` may be a field of cls: then
+    other values than the presets' names are values like any other.
     Raises: ValueError, one line: an unknown flag, a value of another type or out of range.
     """
     hints = typing.get_type_hints(cls)
-    parser = _Parser(
-        description=description.strip().split("\n")[0], allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    options = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = _Parser(description=description.strip().split("\n")[0], **options)
     base = cls
-    if presets and by not in hints:
-        first = next(iter(presets))
-        about = f"named settings, which the other flags change (default: {first})"
-        parser.add_argument(f"--{by}", choices=list(presets), help=about)
-        base = presets[first]
-    for field in dataclasses.fields(cls):
-        _add(parser, field, hints[field.name], getattr(base, field.name, None))
+    if presets:
+        chooser = _Parser(add_help=False, **options)
+        if by in fields:
+            default = getattr(cls, by)
+            _add(chooser, fields[by], hints[by], default)
+        else:
+            default = next(iter(presets))
+            about = f"named settings, which the other flags change (default: {default})"
+            for each in (chooser, parser):
+                each.add_argument(f"--{by}", choices=list(presets), help=about)
+        chosen = vars(chooser.parse_known_args(argv)[0]).get(by, default)
+        base = presets.get(chosen, cls)
+    for name, field in fields.items():
+        _add(parser, field, hints[name], getattr(base, name, None))
     given = vars(parser.parse_args(argv))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    if presets:
-        chosen = given.get(by, getattr(cls, by)) if by in hints else given.pop(by, None)
-        base = presets.get(chosen, base)
+    given = {name: value for name, value in given.items() if name in fields}
     settings = cls(**given) if base is cls else dataclasses.replace(base, **given)
     check_settings(settings)
     return settings

@@ -76,6 +76,9 @@ def _filesystem(path: str | Path) -> Iterator[tuple]:
     """Yields (fsspec's file system, path in it). Raises: OSError for what goes wrong in there."""
     import fsspec  # PyTorch depends on it
 
+    if not is_remote(path):
+        yield fsspec.filesystem("file"), os.path.abspath(path)
+        return
     try:
         yield fsspec.core.url_to_fs(str(path))
     except (OSError, ValueError, ImportError):

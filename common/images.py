@@ -72,4 +72,4 @@ def square(image: Tensor, side: int) -> Tensor:
 def is_turned(path: str | Path) -> bool:
     """Whether `read_image` turns a file by its EXIF orientation."""
     with Image.open(path) as image:
-        return image.getexif().get(0x0112, 1) != 1
+        return image.getexif().get(0x0112) in range(2, 9)

@@ -4,8 +4,9 @@
     axes[0].plot(t, error, **LINES["gmflow"], label="GMFlow")
     save_figure(figure, "curve.png")
 
-Neither pyplot nor a display nor the backend of MPLBACKEND is involved, so that the setting of a
-notebook or desktop cannot end a script. `display(figure)` shows a figure there.
+Neither pyplot nor a display nor a backend is involved: the MPLBACKEND of a notebook or desktop does
+not matter, if matplotlib knows its name or it begins with module://. In a notebook,
+`display(figure)` shows a figure.
 """
 
 import textwrap

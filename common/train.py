@@ -275,6 +275,8 @@ def start(s: TrainSettings, task: Any, place: Place) -> State:
             f"--batch {s.batch} makes {parts} micro-batches for {place.world} processes: each "
             "needs one at least, with --shard all need the same number"
         )
+    if s.shard and place.world == 1:
+        raise ValueError("--shard splits a run over processes: start several by torchrun")
     if s.shard and s.optimizer != "adamw":
         raise ValueError(f"--optimizer {s.optimizer} cannot handle the parameters of --shard")
     decisive = [field.name for field in dataclasses.fields(s) if not field.metadata.get("free")]

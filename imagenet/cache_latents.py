@@ -104,8 +104,10 @@ def write_shard(
 
     plain, mirrored, turned = [], [], 0
     with ThreadPoolExecutor(s.workers) as pool:
-        for i in range(0, len(images), s.batch):
-            pixels, turns = zip(*pool.map(read, images[i : i + s.batch]), strict=True)
+        coming = pool.map(read, images[: s.batch])
+        for i in range(s.batch, len(images) + s.batch, s.batch):
+            pixels, turns = zip(*coming, strict=True)
+            coming = pool.map(read, images[i : i + s.batch])  # while the VAE works
             pixels = torch.stack(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1
             plain.append(encode(vae, pixels))
             mirrored.append(encode(vae, pixels.flip(3)))
@@ -121,6 +123,8 @@ def write_shard(
 def main(argv: list[str] | None = None) -> None:
     """Image folder -> shards of latents and labels; see the top of the file."""
     s = parse(Settings, __doc__, argv)
+    if s.size % 8:
+        raise ValueError(f"--size is {s.size}; it must be a multiple of 8")
     with processes(s.device) as place:
         found = labelled_images(s.images)
         classes = found[-1][1] + 1
@@ -176,6 +180,9 @@ class Latents:
                 raise ValueError(f"{shard} or its labels are damaged: {error}") from error
         self.labels = np.concatenate(labels)
         self.ends = np.cumsum([len(moments) for moments in self.moments])
+        if len(self.labels) != self.ends[-1]:
+            given = f"{len(self.labels)} labels for {self.ends[-1]} images"
+            raise ValueError(f"--latents {folder} has {given}")
         found = {
             "shape": self.moments[0].shape[2:],
             "classes": made_from["classes"],

@@ -204,6 +204,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         return state, stated
     except Exception as error:  # the readers stumble over nearly anything
         reason = str(error).strip().split("\n")[0]
+        if reason.startswith("Weights only load failed"):  # the advice that follows is to unpickle
+            reason = "it holds more than tensors, numbers and containers"
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from error
 
 
@@ -272,12 +274,16 @@ class Settings:
         None, "what a head with twice the rows is", choices=("velocity", "dx")
     )
     flip_time: bool = setting(False, "trained with t = 1 as data (SiT)")
+    decoder: str | None = setting(None, f"VAE, a folder or Hub name; default: {VAE}", path=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes a network under the names of the published pi-Flow ImageNet networks."""
     s = parse(Settings, __doc__, argv)
+    if s.out.suffix != ".safetensors":
+        raise ValueError(f"{s.out}: the new file must end in .safetensors")
     net = load_dit(s.model, s.num_heads, s.time_scale, head=s.head, flip_time=s.flip_time)
+    net.config = dataclasses.replace(net.config, decoder=s.decoder or net.config.decoder)
     save_dit(net, s.out, published=True)
     print(f"{net.config.head} network in the published layout: {s.out}")
 

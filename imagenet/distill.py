@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import frechet
+from common import fashion, frechet
 from common.cli import can_compile, compiled_policies, keep_freed_memory, parse, run_cli, setting
 from common.files import join
 from common.plots import image_rows, save_figure
@@ -123,6 +123,11 @@ class Settings(TrainSettings):
         if (dx and self.dropout) or (self.solver == "exact" and not dx):
             given = f"--policy {self.policy} --solver {self.solver} --dropout {self.dropout}"
             raise ValueError(f"{given}: solver exact is for dx, a dropout above 0 for gmflow")
+        if self.fid_images and (self.fid_images <= fashion.FEATURE_WIDTH or not self.eval_every):
+            raise ValueError(
+                f"--fid-images {self.fid_images}: must be 0 or above {fashion.FEATURE_WIDTH}, and "
+                "is measured beside a picture (--picture-every)"
+            )
 
     @property
     def sampling(self) -> dict[str, int | str]:

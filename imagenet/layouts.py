@@ -89,7 +89,10 @@ def to_ours(state: dict[str, Tensor], known: dict) -> tuple[DiTConfig, dict[str,
         facts["latent_size"] = rows * patch
     facts |= {"num_heads": NUM_HEADS.get(hidden)} | known
     if not facts["num_heads"]:
-        raise ValueError(f"its width is {hidden}, and num_heads is not stated")
+        raise ValueError(
+            f"its width is {hidden}, and num_heads is not stated; "
+            "python -m imagenet.checkpoints FILE OUT --num-heads states it"
+        )
     depth = max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")) + 1
     shapes = {"hidden": hidden, "channels": channels, "patch": patch, "depth": depth}
     shapes["num_classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
@@ -163,7 +166,7 @@ def cut_head(state: dict[str, Tensor], pixels: int, channels: int, head: str | N
     if rows == 2 * unit and head is None:
         raise ValueError(
             f"its head has {rows} rows: a velocity with a variance half, or dx with N = 2; "
-            "say which by head='velocity' or 'dx'"
+            "python -m imagenet.checkpoints FILE OUT --head states which"
         )
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[key] = state[key].unflatten(0, (pixels, -1))[:, :channels].flatten(0, 1)

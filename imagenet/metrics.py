@@ -57,8 +57,13 @@ def open_reference(path: str | Path | None, device: torch.device) -> Reference:
 def read_folder(folder: str | Path) -> Iterator[Tensor]:
     """Yields batches uint8 (n, H, W, 3)."""
     files = list_images(folder)
+    shape = read_image(files[0]).shape
     for i in range(0, len(files), BATCH):
-        yield torch.stack([read_image(file) for file in files[i : i + BATCH]])
+        images = {file: read_image(file) for file in files[i : i + BATCH]}
+        for file, image in images.items():
+            if image.shape != shape:
+                raise ValueError(f"{file} is {tuple(image.shape)}, the first is {tuple(shape)}")
+        yield torch.stack(list(images.values()))
 
 
 def read_npz(path: str | Path) -> tuple[list[Tensor] | None, tuple[Tensor, Tensor] | None]:

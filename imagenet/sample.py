@@ -75,7 +75,9 @@ class Settings:
         None, "noise levels with guidance; default: the run's",
         low=0, high=1, ordered=True, metavar=("LOW", "HIGH"),
     )  # fmt: skip
-    pairs: int = setting(200, "images compared with the teacher, if there is one", low=0)
+    pairs: int | None = setting(
+        None, "images compared with the teacher; default: 200 of a tiny model, else 0", low=0
+    )
     teacher: str | None = setting(
         None, "teacher of the pairs; default: the run's, or tiny for a tiny model", path=True
     )
@@ -118,18 +120,25 @@ def resolve_settings(s: Settings, net: DiT) -> Settings:
     Raises: ValueError for a setting that does not go with the model.
     """
     config, is_teacher = net.config, net.config.head == "velocity"
-    wrong = s.temperature != 1 and config.head != "gmflow"
-    if wrong or is_teacher and (s.h or s.solver):
+    for_students = s.h or s.solver or s.compile
+    if (is_teacher and for_students) or (s.temperature != 1 and config.head != "gmflow"):
         raise ValueError(
-            f"{s.model} has a {config.head} head: --h and --solver are for students, "
+            f"{s.model} has a {config.head} head: --h, --solver and --compile are for students, "
             "--temperature for gmflow students"
         )
+    if s.reference and is_fashion(net):
+        raise ValueError(f"--reference {s.reference}: a tiny model has its own features and no FID")
     of_a_run = s.model not in NAMES and not Path(s.model).is_file()
     run = read_json(join(s.model, "config.json")) if of_a_run else {}
     teacher = s.teacher or run.get("teacher", "tiny" if is_fashion(net) else None)
     source = TEACHERS.get(s.model if is_teacher else teacher, Source(""))
     guidance = run.get("guidance", source.guidance) if s.guidance is None else s.guidance
     interval = s.guidance_interval or run.get("guidance_interval", source.guidance_interval)
+    pairs = s.pairs
+    if pairs is None:
+        pairs = 200 if is_fashion(net) else 0
+    if pairs and not teacher:
+        raise ValueError(f"--pairs {pairs} needs a --teacher")
     nfe = s.nfe or (64 if is_teacher else config.nfe or 1)
     # The model's whole path, because many share a file name.
     name = re.sub(r"\W+", "-", re.sub(r"\.\w+$", "", s.model)).strip("-")[-150:]
@@ -141,7 +150,7 @@ def resolve_settings(s: Settings, net: DiT) -> Settings:
         total_substeps=s.total_substeps or config.total_substeps or 128,
         solver=s.solver or config.solver or ("exact" if config.head == "dx" else "euler"),
         teacher=teacher,
-        pairs=min(s.pairs, s.count) if teacher else 0,
+        pairs=min(pairs, s.count),
         out=s.out or Path(f"outputs/samples/{name}-{config.head}-nfe{nfe}"),
     )
 
@@ -149,10 +158,10 @@ def resolve_settings(s: Settings, net: DiT) -> Settings:
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
-def open_model(name: str, device: torch.device) -> DiT:
+def open_model(name: str, device: torch.device, head: str | None = None) -> DiT:
     """A student or teacher by its name or path, frozen."""
     source = NAMES.get(name, Source(name))
-    net = load_dit(source.path, time_scale=source.time_scale, device=device)
+    net = load_dit(source.path, time_scale=source.time_scale, device=device, head=head)
     net.config = replace(net.config, nfe=net.config.nfe or source.nfe)
     return net.requires_grad_(False)
 
@@ -254,7 +263,9 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_float32_matmul_precision("high")  # TF32, as in the public evaluation
         net = open_model(s.model, device)
         s = resolve_settings(s, net)
-        half = on_cuda and net.config.decoder != PIXELS if s.bf16 is None else s.bf16
+        half = s.bf16
+        if half is None:
+            half = on_cuda and net.config.decoder != PIXELS
         dtype, vae_dtype = torch.float32, torch.float32
         if half:  # as in the public evaluation
             dtype, vae_dtype = torch.bfloat16, torch.float16
@@ -263,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher = reference = None
         if place.rank == 0:
             if s.pairs:
-                teacher = open_model(s.teacher, device).to(dtype)
+                teacher = open_model(s.teacher, device, "velocity").to(dtype)
             if s.reference or is_fashion(net) and s.count > fashion.FEATURE_WIDTH:
                 reference = metrics.open_reference(s.reference, device)
             s.out.mkdir(parents=True, exist_ok=True)

@@ -74,11 +74,15 @@ def test_home_is_expanded_in_paths_alone(monkeypatch):
     assert found.label == "~/x"
 
 
-def test_presets_are_defaults_that_flags_override():
+def test_presets_are_defaults_that_flags_override(capsys):
     presets = {"small": Settings("a", iterations=5), "large": Settings("b", iterations=50, lr=0.2)}
     assert parse(Settings, "About.", ["net"], presets).iterations == 5
     found = parse(Settings, "About.", ["net", "--preset", "large", "--lr", "0.3"], presets)
     assert (found.iterations, found.lr) == (50, 0.3)
+    with pytest.raises(SystemExit):
+        parse(Settings, "About.", ["--preset", "large", "--help"], presets)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: 50)" in shown and "(default: 0.2)" in shown
     with pytest.raises(ValueError, match="--preset: invalid choice: 'huge'"):
         parse(Settings, "About.", ["net", "--preset", "huge"], presets)
     by_field = {"gmflow": Settings("a", lr=0.5), "dx": Settings("a", policy="dx", lr=0.7)}

@@ -106,3 +106,12 @@ def test_errors_of_a_storage_are_for_the_user(monkeypatch):
     for call in calls:
         with pytest.raises(OSError, match="memory://bucket/.*unable to locate credentials"):
             call(path)
+
+
+def test_a_local_folder_may_have_any_name(tmp_path):
+    """fsspec alone would read a :: as a chain of file systems."""
+    folder = tmp_path / "a::b"
+    files.write_text(folder / "step_1.pt", "text")
+    assert files.list_files(folder, "step_") == ["step_1.pt"]
+    files.remove(folder / "step_1.pt")
+    assert files.list_files(folder) == []

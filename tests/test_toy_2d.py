@@ -331,6 +331,7 @@ def test_the_device_is_the_cpu_where_mps_lacks_an_operator(monkeypatch, capsys):
         (["--points", "200000"], "--points .*200000.*at most 50000"),  # all pairs: hours
         (["--seed", str(2**64)], "--seed .*18446744073709551616.*at most"),
         (["--device", "abacus"], "--device 'abacus'"),
+        (["--lr", "1e30", "--iterations", "3"], "loss is .*--lr"),
     ],
 )
 def test_bad_arguments_end_in_one_line_and_write_nothing(tmp_path, arguments, wanted):

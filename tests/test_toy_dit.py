@@ -308,7 +308,7 @@ def test_students_and_foreign_files_are_no_teachers(tmp_path):
     save_dit(student, tmp_path / "student.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="head"):
+    with pytest.raises(ValueError, match="head is 'velocity', the file states 'dx'"):
         main(["--teacher", str(tmp_path / "student.safetensors")])
     with pytest.raises(ValueError, match="no network of a known layout"):
         main(["--teacher", str(tmp_path / "other.safetensors")])

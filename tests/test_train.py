@@ -392,6 +392,7 @@ def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, world, message", [
     ({"batch": 3}, 4, "--batch 3 makes 3 micro-batches for 4 processes: each needs one"),
     ({"batch": 5}, 4, "--batch 5 makes 3 micro-batches for 4 processes: each needs one"),
+    ({"shard": True}, 1, "--shard splits a run over processes"),
     ({"shard": True, "batch": 6}, 2, "--batch 6 makes 3 micro-batches .* the same number"),
     ({"shard": True, "batch": 8, "optimizer": "adamw8bit"}, 2, "--optimizer adamw8bit"),
 ])  # fmt: skip

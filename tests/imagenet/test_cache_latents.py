@@ -129,6 +129,7 @@ def test_latents_that_are_not_finite_are_an_error(tmp_path, cache, monkeypatch):
     "flags, named",
     [
         (["--size", "4"], "--size is 4; it must be at least 8"),
+        (["--size", "20"], "--size is 20; it must be a multiple of 8"),
         (["--shard", "0"], "--shard is 0"),
         (["--workers", "0"], "--workers is 0"),
     ],

@@ -201,7 +201,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
         "cut.safetensors": "cannot be read as a checkpoint of tensors",
         "text.pth": "cannot be read as a checkpoint of tensors",
         "list.pth": "cannot be read as a checkpoint of tensors",
-        "evil.pth": "cannot be read as a checkpoint of tensors",
+        "evil.pth": "cannot be read as a checkpoint of tensors: it holds more than tensors",
         "numbers.pth": "not hold a dict of tensors",
         "other.safetensors": "no network of a known layout.*decoder.weight",
         "missing.safetensors": r"Missing key\(s\).*blocks.1.mlp.fc2.weight",
@@ -458,10 +458,14 @@ def test_what_a_file_does_not_state_is_stated_once(tmp_path):
     path = saved(tmp_path, head_rows(net.state_dict(), torch.randn(4, 4, 24)))
     out = tmp_path / "out.safetensors"
     flags = ["--num-heads", "2", "--time-scale", "1000", "--head", "velocity", "--flip-time"]
+    flags += ["--decoder", "another/vae"]
     with pytest.warns(UserWarning, match="16 of 32 rows"):
         checkpoints.main([str(path), str(out), *flags])
     found = load_dit(out)
     assert (found.config.time_scale, found.config.flip_time) == (1000.0, True)
+    assert found.config.decoder == "another/vae"
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        checkpoints.main([str(path), str(tmp_path / "out.bin"), *flags])
     net.config = dataclasses.replace(net.config, time_scale=1000.0)
     with torch.no_grad():
         assert close(found(x, t, labels), -net(x, 1 - t, labels), 1e-5)

@@ -390,8 +390,14 @@ def test_fid_while_training(teacher_file, monkeypatch):
     assert task.frechet_distance(None) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("wrong", [{"fid_images": 64}, {"fid_images": 100, "eval_every": 0}])
+def test_a_distance_that_would_not_be_measured_is_refused(wrong):
+    with pytest.raises(ValueError, match="--fid-images .* above 64.*--picture-every"):
+        distill.Settings(**wrong)
+
+
 def test_fid_needs_a_reference_before_anything_is_trained():
-    s = read_settings(flags("teacher", "out", fid_images=9))
+    s = read_settings(flags("teacher", "out", fid_images=100))
     teacher = small_teacher()
     teacher.config = dataclasses.replace(SMALL, decoder="some VAE")
     with pytest.raises(ValueError, match="--fid-images needs --reference"):

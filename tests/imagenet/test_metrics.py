@@ -147,6 +147,10 @@ def test_reference_layouts(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"no image")
     assert np.array_equal(np.concatenate(list(metrics.read_folder(tmp_path))), pixels)
+    Image.fromarray(pixels[0, :6]).save(tmp_path / "sub" / "e.png")
+    with pytest.raises(ValueError, match=r"e.png is \(6, 8, 3\), the first is \(8, 8, 3\)"):
+        list(metrics.read_folder(tmp_path))
+    (tmp_path / "sub" / "e.png").unlink()
     both = {"mu": np.ones(2048), "sigma": np.eye(2048)}
     np.savez(tmp_path / "adm.npz", arr_0=pixels, mu_s=np.ones(9), **both)
     found, statistics = metrics.read_npz(tmp_path / "adm.npz")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from two_processes import run_two
 
 import imagenet.sample as sampling
@@ -329,6 +330,7 @@ def test_npz_is_what_the_adm_suite_reads(files, tmp_path):
         (["--reference", "teacher.safetensors"], "is no readable .npz"),
         (["--reference", "empty.npz"], "it needs arr_0"),
         (["--nfee", "1"], "unrecognized arguments: --nfee"),
+        (["--pairs", "3"], "--pairs 3 needs a --teacher"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, monkeypatch, given, named):
@@ -342,8 +344,9 @@ def test_bad_input_is_one_line_and_writes_nothing(files, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "model, given, named",
     [
-        ("teacher", ["--h", "1"], "has a velocity head: --h and --solver are for students"),
-        ("teacher", ["--solver", "deis"], "has a velocity head: --h and --solver"),
+        ("teacher", ["--h", "1"], "has a velocity head: --h, --solver and --compile are for"),
+        ("teacher", ["--compile"], "has a velocity head: --h, --solver and --compile are for"),
+        ("teacher", ["--solver", "deis"], "has a velocity head: --h, --solver"),
         ("teacher", ["--temperature", "0.5"], "--temperature for gmflow students"),
         ("run", ["--temperature", "0.5"], "has a dx head: "),
     ],
@@ -380,6 +383,23 @@ def test_models_that_cannot_be_read_are_named(tmp_path, monkeypatch, model, name
     with pytest.raises((ValueError, OSError)) as error:
         sampling.main([model or ".", "--out", "out", "--device", "cpu"])
     assert named in str(error.value) and sorted(Path().rglob("*")) == before
+
+
+def test_the_teacher_of_pairs_may_have_a_variance_half(files):
+    """Twice the rows are a velocity there, as for the run that it trained."""
+    path = Path(files["teacher"])
+    state, net = load_file(path), small_net()
+    for name in ("weight", "bias"):
+        rows = state[f"final_layer.linear.{name}"].unflatten(0, (-1, SMALL.channels))
+        state[f"final_layer.linear.{name}"] = torch.cat([rows, rows + 1], 1).flatten(0, 1)
+    stated = dataclasses.asdict(SMALL)
+    del stated["head"]
+    save_file(state, path, {"config": json.dumps(stated)})
+    with pytest.raises(ValueError, match="imagenet.checkpoints FILE OUT --head"):
+        sampling.open_model(str(path), CPU)
+    with pytest.warns(UserWarning, match="read as a velocity"):
+        found = sampling.open_model(str(path), CPU, "velocity")
+    assert torch.equal(found.final_layer.linear.weight, net.final_layer.linear.weight)
 
 
 def test_published_students_by_name(monkeypatch):
