@@ -380,7 +380,7 @@ def test_fid_while_training(teacher_file, monkeypatch):
     mean, covariance = torch.tensor([1.0, 2.0, 1.5]).double(), torch.eye(3).double()
     reference = metrics.Reference("fid", inception, mean, covariance)
     monkeypatch.setattr(metrics, "open_reference", lambda *given: reference)
-    task = task_of(teacher_file, fid_images=150)
+    task = task_of(teacher_file, fid_images=150, picture_every=1)
     task.decode = decode
     monkeypatch.setattr(task, "sample", lambda net, x, labels: scaled(x, labels))
     noise = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(150)]
@@ -397,7 +397,7 @@ def test_a_distance_that_would_not_be_measured_is_refused(wrong):
 
 
 def test_fid_needs_a_reference_before_anything_is_trained():
-    s = read_settings(flags("teacher", "out", fid_images=100))
+    s = read_settings(flags("teacher", "out", fid_images=100, picture_every=1))
     teacher = small_teacher()
     teacher.config = dataclasses.replace(SMALL, decoder="some VAE")
     with pytest.raises(ValueError, match="--fid-images needs --reference"):
