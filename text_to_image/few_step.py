@@ -154,6 +154,8 @@ class FewStep:
             conditions = conditions._replace(references=tokens, reference_ids=ids)
 
         count = rows * images_per_prompt
+        if latents is not None and len(latents) != count:
+            raise ValueError(f"{len(latents)} latents for {count} pictures")
         starts = range(0, count, batch)
         finals, times, estimates = [], [], []
         nfe = nfe or self.nfe

@@ -265,6 +265,8 @@ def test_latents_as_the_pipelines_of_diffusers_draw_them(model):
     options = {**SIZE, "total_substeps": 8, "output": "latent", "batch": 2}
     expected = generate("a jay", 2, seed=3, **options).latents
     close(generate("a jay", 2, latents=packed, **options).latents, expected, 1e-5)
+    with pytest.raises(ValueError, match="2 latents for 3 pictures"):
+        generate("a jay", 3, latents=packed, **options)
     own = dm.unpack(packed, torch.empty(2, channels, 8, 6))
     del options["height"], options["width"]  # they follow from the latents
     close(generate("a jay", 2, latents=own, **options).latents, expected, 1e-5)
