@@ -130,11 +130,17 @@ def test_estimate_before_loading(tmp_path, monkeypatch):
     """Too little GPU memory: an error with the options that help, and nothing is loaded."""
     parts = {"transformer": None, "text_encoder": None, "vae": None}
     monkeypatch.setattr(loading, "empty_components", lambda *args: parts)
-    monkeypatch.setattr(loading, "weights_on_gpu", lambda *args: 40e9)
+
+    def weights(family, modules, quantize, offload):
+        assert "text_encoder" not in modules  # it is gone by then
+        assert (quantize, offload) == ("int8", "group")
+        return 40e9
+
+    monkeypatch.setattr(loading, "weights_on_gpu", weights)
     monkeypatch.setattr(loading, "load_base", lambda *args: pytest.fail("loads the base"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
     with pytest.raises(ValueError, match="24 GB are free; try --quantize nf4") as error:
-        toy_qwen.load_teacher(Settings(), torch.device("cuda"))
+        toy_qwen.load_teacher(Settings(quantize="int8", offload="group"), torch.device("cuda"))
     assert "--offload model" not in str(error.value)  # not an option of this program
 
 

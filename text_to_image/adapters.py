@@ -16,6 +16,7 @@ data: safetensors and JSON; a file that could hold a program is not opened.
 import json
 import re
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,15 +175,19 @@ def policy_of(
     kind = "GMFlow" if adapter.is_gm else "DX"
     policy = {"type": kind, **(known or {}), **(adapter.policy or {}), **(override or {})}
     options = {key: value for key, value in policy.items() if key != "type"}
-    allowed = {"segment_size", "shift", "mode"} if kind == "DX" else set()
-    optional = {"segment_size", "mode"} if options.get("mode") == "polynomial" else {"mode"}
+    required, allowed = set(), set()
+    if kind == "DX":
+        required = {"shift"} if options.get("mode") == "polynomial" else {"segment_size", "shift"}
+        allowed = {"segment_size", "shift", "mode"}
     with naming(f"adapter {adapter.name}: policy {policy}"):
-        fits = policy["type"] == kind and allowed - optional <= set(options) <= allowed
-        fits = fits and options.get("mode", "grid") in ("grid", "polynomial")
-        fits = fits and 0 < options.get("segment_size", 1.0) <= 1
-        if not fits or not 0 < options.get("shift", 1.0) <= 1000:
+        if policy["type"] != kind or not required <= options.keys() <= allowed:
             example = 'settings as in --policy \'{"segment_size": 0.2857, "shift": 3.2}\''
             raise ValueError(f"its {kind} head needs {example if allowed else 'no settings'}")
+        in_range = 0 < options.get("segment_size", 1) <= 1 and 0 < options.get("shift", 1) <= 1000
+        if options.get("mode", "grid") not in ("grid", "polynomial") or not in_range:
+            raise ValueError(
+                "segment_size must be in (0, 1], shift in (0, 1000], mode grid or polynomial"
+            )
     return PolicySpec(kind, options)
 
 
@@ -286,29 +291,49 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> dic
     Args: pipeline: class of the base pipeline; modules: its transformer and text encoders, which
         may be on the meta device; where: a file, a folder with one, or on the Hub
         "user/repository[/folder/file.safetensors]".
-    Raises: OSError or ValueError if it cannot be read, or if no layer of the base uses it.
+    Raises: OSError or ValueError if it cannot be read, if no layer of the base uses it, or if a
+        layer has another size or one half.
     Warns: once, if layers are not used.
     """
     place, folder, name = where, None, None
     if not Path(where).exists():
         place, folder = _on_hub(where)
+        name = "pytorch_lora_weights.safetensors"
         if folder is not None and folder.endswith(".safetensors"):
             folder, _, name = folder.rpartition("/")
+    elif len(list(Path(where).glob("*.safetensors"))) > 1:
+        raise ValueError(f"LoRA {where}: it has several .safetensors files; name one")
     source = {"pretrained_model_name_or_path_or_dict": place, "use_safetensors": True}
     source |= {"subfolder": folder or None, "weight_name": name}
     with naming(f"LoRA {where}"):
         tensors = pipeline.lora_state_dict(**source)
-    own = {
-        f"{part}.{layer.removeprefix('text_model.')}"
+    layers = {
+        f"{part}.{layer.removeprefix('text_model.')}": module
         for part in pipeline._lora_loadable_modules
         if part in modules
-        for layer, _ in modules[part].named_modules()
+        for layer, module in modules[part].named_modules()
     }
-    names = {_layer_of(key) for key in tensors if not key.endswith(".alpha")}
-    unused = sorted(name for name in names if name not in own or name.startswith(REPLACED))
-    note = f"LoRA {where}: {len(names) - len(unused)} of {len(names)} layers are used; not in this "
-    note += f"base, or replaced by the adapter: {', '.join(unused[:4])}"
-    if len(unused) == len(names):
+    halves = defaultdict(dict)  # layer -> {"A": (rank, in), "B": (out, rank)}
+    for key, tensor in tensors.items():
+        if not key.endswith(".alpha"):
+            half = key.removesuffix(".weight").rpartition(".lora_")[2]
+            halves[_layer_of(key)][half] = tuple(tensor.shape)
+    unused = sorted(name for name in halves if name not in layers or name.startswith(REPLACED))
+    for name in halves.keys() - set(unused):
+        layer = getattr(layers[name], "base_layer", layers[name])
+        if isinstance(layer, nn.Linear) and halves[name].keys() & {"A", "B"}:
+            rank = halves[name].get("A", (1,))[0]
+            needed = {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
+            if halves[name] != needed:
+                raise ValueError(f"LoRA {where}: {name} has {halves[name]}, needed is {needed}")
+    used = len(halves) - len(unused)
+    parts = {
+        "not in this base": [name for name in unused if name not in layers],
+        "replaced by the adapter": [name for name in unused if name in layers],
+    }
+    found = [f"{why}: {', '.join(names[:4])}" for why, names in parts.items() if names]
+    note = "; ".join([f"LoRA {where}: {used} of {len(halves)} layers are used", *found])
+    if used == 0:
         raise ValueError(note)
     if unused:
         warnings.warn(note, stacklevel=3)

@@ -177,12 +177,15 @@ class Shard:
         self.path = path
         with naming(f"{path} cannot be read; if it is damaged, delete it and run again"):
             self.filesystem, self.name = fsspec.core.url_to_fs(path)
+            size = self.filesystem.size(self.name)
             self.start = 8 + int.from_bytes(self.read(0, 8), "little")
+            if self.start > size:  # a damaged length would be allocated
+                raise ValueError("its header is missing")
             self.tensors = json.loads(self.read(8, self.start))
             self.about = self.tensors.pop("__metadata__")
             self.about.pop("prompts")
             end = self.start + max(value["data_offsets"][1] for value in self.tensors.values())
-            if not self.read(end - 1, end):
+            if end > size:
                 raise ValueError("its end is missing")
             self.lengths = self.rows("lengths")
         self.starts = self.lengths.cumsum(0) - self.lengths

@@ -166,7 +166,10 @@ def measure(
 
 def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
     """Draws and measures. Raises: ValueError if --out holds pictures of other settings."""
-    s, prompts = settings, read_set(settings)
+    s = settings
+    if s.prompts == "clothes" and not s.tiny:
+        raise ValueError("--prompts is missing; clothes are for --tiny")
+    prompts = read_set(s)
     if s.hps:
         require_package("hpsv2", "--hps")
     if s.reference is not None:
@@ -182,8 +185,10 @@ def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
     if here.rank == 0:
         write_json(s.out / "drawn.json", drawn)
     files = draw_missing(s, prompts, here)
-    metrics = {"model": s.model, "images": len(files)}
+    metrics = read_json(s.out / "metrics.json") if before else {}  # of the same pictures
+    metrics |= {"model": s.model, "images": len(files)}
     if here.rank == 0:
+        write_json(s.out / "metrics.json", metrics)
         for name, value in measure(s, files, prompts, here.device):
             metrics[name] = value
             write_json(s.out / "metrics.json", metrics)

@@ -54,7 +54,7 @@ def naming(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, torch.OutOfMemoryError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError

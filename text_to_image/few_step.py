@@ -145,9 +145,10 @@ class FewStep:
             latents = self._unpack(latents, shape)
             shape = latents.shape[1:]
         if prompt_embeds is None:
-            conditions = self._encode([prompts] if isinstance(prompts, str) else prompts)
+            conditions = self._encode([prompts] if isinstance(prompts, str) else prompts or [])
         else:
             conditions = dm.Conditions(prompt_embeds, prompt_embeds_mask, pooled_prompt_embeds)
+            conditions = conditions.to(self.device, self.pipe.transformer.dtype)
         rows = len(conditions.embeds)
         if references:
             tokens, ids = self.family.encode_references(self.pipe, references, rows)
@@ -198,11 +199,13 @@ class FewStep:
         return self.pipe.image_processor.postprocess(pixels, output_type="pil")
 
     def _encode(self, prompts: Sequence[str]) -> dm.Conditions:
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise ValueError("prompts: at least one is needed, and none may be empty")
         for number, end in enumerate(cut_off(self.pipe, self.family, prompts), 1):
             if end:
                 end = textwrap.shorten(end, 80, placeholder=" ...")
                 read = f"the text encoder reads {MAX_TOKENS} tokens"
-                warnings.warn(f"prompt {number}: {read}; cut off is {end!r}", stacklevel=3)
+                warnings.warn(f"prompt {number}: {read}; cut off is {end!r}", stacklevel=4)
         conditions = self.family.encode_prompts(self.pipe, prompts)
         check_finite("text encoder", conditions.embeds)
         return conditions
@@ -241,9 +244,9 @@ class FewStep:
             raise ValueError(f"{names}: has no meaning for this model; leave it out")
         if guidance not in (None, self.guidance):
             trained = f"the adapter was distilled at {self.guidance}"
-            warnings.warn(f"guidance {guidance}: {trained}; others can give noise", stacklevel=3)
+            warnings.warn(f"guidance {guidance}: {trained}; others can give noise", stacklevel=4)
         if nfe not in (None, self.nfe) and not (self.elastic and nfe > self.nfe):
-            warnings.warn(f"nfe {nfe}: the adapter was trained for {self.nfe}", stacklevel=3)
+            warnings.warn(f"nfe {nfe}: the adapter was trained for {self.nfe}", stacklevel=4)
 
 
 def read_reference(image: Any) -> Any:

@@ -191,7 +191,7 @@ class Settings(LoadSettings):
     """The flags."""
 
     prompt: tuple[str, ...] = setting((), "prompts, at least one picture for each")
-    prompt_file: Path | None = setting(None, f"prompts: {KNOWN}")
+    prompt_file: Path | None = setting(None, f"prompts: {KNOWN}, or a Hub dataset")
     images: int = setting(1, "pictures per prompt", low=1, high=10_000)
     reference: tuple[Path, ...] = setting((), "images to edit (FLUX.2)")
     out: Path = setting(Path("outputs/text_to_image"), "folder for the pictures")
@@ -267,8 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return open_page(settings, load_from(settings), draw)
     prompts = read_prompts(settings)
     references = [read_reference(path) for path in settings.reference]
-    settings.out.mkdir(parents=True, exist_ok=True)
     generate = load_from(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     result = draw(generate, settings, prompts, settings.images, references)
     seconds = (time.perf_counter() - start) / len(result.images)

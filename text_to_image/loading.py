@@ -19,7 +19,8 @@ QUANTIZE_HELP = (
 OFFLOADS = ("none", "model", "group")
 OFFLOAD_HELP = (
     "none: everything stays on the GPU. model: one component at a time. group: one layer at a "
-    "time; a few GB suffice, but all weights cross the bus in every network evaluation"
+    "time; a few GB suffice, but all weights cross the bus in every network evaluation. "
+    "On a CPU both only cost time"
 )
 
 

@@ -22,7 +22,7 @@ def build_page(settings: Any, generate: Any, draw: Callable) -> Any:
         references: Sequence[str] | None,
     ) -> tuple[list, list, str]:  # fmt: skip
         chosen = dataclasses.replace(
-            settings, nfe=nfe or None, seed=seed, width=width or None, height=height or None
+            settings, nfe=nfe or None, seed=seed or 0, width=width or None, height=height or None
         )
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)

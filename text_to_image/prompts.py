@@ -25,6 +25,8 @@ def read_source(
     Raises: ValueError or OSError that names the file, and the line.
     """
     path = Path(source)
+    if images and path.suffix.lower() != ".jsonl":
+        raise ValueError(f"--images {images}: only a .jsonl file names images, not {source}")
     if path.suffix.lower() in (".txt", ".jsonl"):
         rows = _read_file(path, column, images)
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):

@@ -142,9 +142,9 @@ def policy_head(proj_out: nn.Linear, spec: PolicySpec, copies: int, logstd_width
         weight[rows:] = 0
         bias[rows:] = 0
     if spec.kind == "DX":
-        head = layer = nn.Linear(width, copies * rows, proj_out.bias is not None)
+        head = layer = nn.Linear(width, copies * rows, proj_out.bias is not None).to(weight.device)
     else:
-        head = GMHead(width, rows, copies, logstd_width)
+        head = GMHead(width, rows, copies, logstd_width).to(weight.device)
         layer, (hidden, last) = head.means, (head.logstds[1], head.logstds[3])
         nn.init.xavier_uniform_(hidden.weight)
         for parameter in (*head.logweights.parameters(), hidden.bias, last.weight):

@@ -135,10 +135,11 @@ def random_pipeline(family: Family) -> Any:
     class WordPipeline(getattr(diffusers, family.pipeline)):
         def encode_prompt(self, prompt, device=None, max_sequence_length=512, **_):
             embeds, _ = encode_words(prompt)
+            pooled = embeds.sum(1)  # whatever the padding
             padding = max_sequence_length - embeds.shape[1]  # FLUX takes no mask: one length
             embeds = F.pad(embeds, (0, 0, 0, padding))
             embeds = embeds.to(device or self._execution_device, self.transformer.dtype)
-            return embeds, embeds.mean(1)
+            return embeds, pooled.to(embeds)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -536,7 +536,13 @@ def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
     config = tmp_path / "base" / "model_index.json"  # the encoder's config is gone as well
     index = json.loads(config.read_text()) | {"text_encoder_2": [None, None]}
     config.write_text(json.dumps(index))
-    monkeypatch.setattr(distill, "latent_shape", lambda pipe, *sides: latent_shape(pipe, 64, 64))
+    sides = []
+
+    def small_shape(pipe, *given):
+        sides.append(given)
+        return latent_shape(pipe, 64, 64)
+
+    monkeypatch.setattr(distill, "latent_shape", small_shape)
     argv = ["--preset", "dx-flux", "--base", base, "--prompts", str(cache), "--lora-rank", "4",
             "--batch", "2", "--device", "cpu"]  # fmt: skip
     distill.main([
@@ -544,6 +550,7 @@ def test_a_base_from_a_folder_in_bfloat16(tmp_path, monkeypatch, capsys):
         "--teacher-steps", "2", "--out", str(tmp_path / "run"),
     ])  # fmt: skip
     assert "GPU memory are needed" in capsys.readouterr().out
+    assert sides == [(1024, 1024)]
     assert all(math.isfinite(loss) for loss in losses_of(tmp_path / "run"))
     assert {v.dtype for v in checkpoint(tmp_path / "run")["ema"].values()} == {torch.float32}
     with safe_open(tmp_path / "run/adapter/diffusion_pytorch_model.safetensors", "pt") as file:
@@ -593,12 +600,14 @@ def test_bad_settings(argv, message, tmp_path):
 def test_memory_is_near_the_published():
     """Published, Qwen: 70 GB on each of many GPUs, 40 and 20 sharded over 2 and 8."""
 
-
     def needed(world, **changes):
         with torch.device("meta"):
             net = diffusers.QwenImageTransformer2DModel()
         return distill.memory_needed(replace(PRESETS["gm-qwen"], **changes), net, world)
 
+    with torch.device("meta"):
+        roles = distill.two_roles(PRESETS["gm-qwen"], diffusers.QwenImageTransformer2DModel())
+    assert roles.net.proj_out.student.logstds[1].out_features == 1024  # as in all public files
     assert 50e9 < needed(1, optimizer="adamw8bit") < 80e9
     needed = needed(2, shard=True), needed(8, shard=True)
     assert 30e9 < needed[0] < 45e9 and 10e9 < needed[1] < 25e9

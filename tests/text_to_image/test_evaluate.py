@@ -82,6 +82,13 @@ def test_the_same_command_continues_and_another_is_refused(settings, monkeypatch
     assert [files[i].stat().st_mtime_ns for i in (0, 1)] == stamps
     monkeypatch.setattr(evaluation, "load_from", lambda s: pytest.fail("loads, nothing to draw"))
     evaluate(replace(few, batch=1), ONE)
+    monkeypatch.setattr(evaluation, "measure", lambda s, *given: iter([("clip_score", 30.0)]))
+    evaluate(replace(few, clip="a model"), ONE)
+    monkeypatch.setattr(evaluation, "measure", lambda s, *given: iter([]))
+    assert evaluate(few, ONE)["clip_score"] == 30.0  # of the same pictures: kept
+    assert json.loads((few.out / "metrics.json").read_text())["clip_score"] == 30.0
+    with pytest.raises(ValueError, match="--prompts is missing"):
+        evaluate(replace(few, tiny=False), ONE)
     for other in ({"seed": 5}, {"limit": 4}, {"nfe": 2}):
         with pytest.raises(ValueError, match=f"pictures of other .*{[*other][0]}"):
             evaluate(replace(few, **other), ONE)

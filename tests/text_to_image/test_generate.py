@@ -286,7 +286,16 @@ def test_prompt_embeds_as_the_pipelines_of_diffusers_encode_them(model):
     if model == "dx-flux":
         given["pooled_prompt_embeds"] = encoded[1]
     options = {**SIZE, "total_substeps": 8, "output": "latent", "batch": 2}
-    close(generate(**given, **options).latents, generate(prompts, **options).latents, 1e-5)
+    expected = generate(prompts, **options).latents
+    close(generate(**given, **options).latents, expected, 1e-5)
+    doubles = {k: v if v.dtype == torch.bool else v.double() for k, v in given.items()}
+    close(generate(**doubles, **options).latents, expected, 1e-5)  # as stored in another precision
+
+
+@pytest.mark.parametrize("prompts", [None, [], "", " ", ["a jay", ""]])
+def test_an_empty_prompt_draws_nothing(prompts):
+    with pytest.raises(ValueError, match="prompts: at least one is needed, and none may be empty"):
+        tiny("gm-qwen")(prompts)
 
 
 def test_callback_and_estimates():

@@ -44,7 +44,9 @@ def test_drawing_on_the_page():
     assert captions == ["t = 1.00", "t = 0.89", "t = 0.71", "t = 0.35"]
     assert estimates[0][0].size == (48, 64)
     assert "trained for 4" in draw(page, nfe=3, **size)[2]
+    assert draw(page, seed=None, **size)[0] == draw(page, seed=0, **size)[0]
     for bad, message in (({"height": 8}, "--height is 8"), ({"seed": -1}, "--seed is -1"),
+                         ({"prompt": " "}, "none may be empty"),
                          ({"seed": 2**64}, "--seed is"), ({"height": 72}, "multiples of 16"),
                          ({"width": 10**6}, "--width is 1000000")):  # fmt: skip
         with pytest.raises(gr.Error, match=message):

@@ -66,6 +66,9 @@ def test_images_stand_beside_their_file(tmp_path):
     path.write_text('{"text": " a coat ", "file": "images/1.png"}\n\n')
     expected = [("a coat", tmp_path / "images/1.png")]
     assert read_source(str(path), "text", images="file") == expected
+    (tmp_path / "p.txt").write_text("a coat\n")
+    with pytest.raises(ValueError, match="--images file: only a .jsonl file"):
+        read_source(str(tmp_path / "p.txt"), images="file")
 
 
 def test_empty_prompts_are_counted_and_missing_files_named(tmp_path, capsys):

@@ -20,6 +20,7 @@ from text_to_image.tiny import (  # noqa: E402
     encode_words,
     fashion_pipeline,
     fashion_transformer,
+    random_pipeline,
     word_vectors,
 )
 
@@ -116,3 +117,11 @@ def test_a_damaged_teacher_is_refused(tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="does not hold the tiny transformer"):
         fashion_transformer(tmp_path / "weights.safetensors")
+
+
+def test_the_pooled_vector_of_the_small_flux_does_not_depend_on_padding():
+    family = FAMILIES["flux"]
+    pipe = random_pipeline(family)
+    short = family.encode_prompts(pipe, ["a dark coat"], 40).pooled
+    both = family.encode_prompts(pipe, ["a dark coat", "one two three four five six"], 512).pooled
+    assert torch.allclose(short[0], both[0])
