@@ -303,7 +303,7 @@ def rollout(policy: Policy, x: Tensor, tau_start: Time, tau_end: Time, shift: fl
     stops = torch.stack(stops).clamp(min=0)  #                                    (M + 2, B)
     t, reached = _substeps(stops, shift, total_substeps, solver, longest)
     dt = t.diff(dim=0)
-    bend = _deis_bends(t)  #  of DEIS
+    bend = _deis_bends(t) if solver == "deis" else None
     x0_before = 0
     reached = reached.view(*reached.shape, *[1] * (x.ndim - 1))
     states = x.expand(len(between), *x.shape)  #                                  (M, B, C, *)

@@ -404,17 +404,17 @@ def test_the_teacher_of_pairs_may_have_a_variance_half(files):
 
 def test_published_students_by_name(monkeypatch):
     """Their factor of t and their number of evaluations, which their files do not state."""
-    asked = []
+    loaded = []
 
     def load(path, **options):
-        asked.append((path, options["time_scale"]))
+        loaded.append((path, options["time_scale"]))
         return small_net("gmflow", 3)
 
     monkeypatch.setattr(sampling, "load_dit", load)
     for name, nfe in (("gm-fm-1nfe", 1), ("gm-repa-1nfe", 1), ("gm-repa-2nfe", 2)):
         net = sampling.open_model(name, CPU)
         assert resolved(name, net).nfe == nfe
-    paths, factors = zip(*asked, strict=True)
+    paths, factors = zip(*loaded, strict=True)
     assert factors == (1000.0, 1.0, 1.0) and len(set(paths)) == 3
 
 

@@ -67,7 +67,7 @@ def test_editing_on_the_page(tmp_path):
         draw(page, references=files)
 
 
-def test_the_page_listens_on_the_loopback_address_unless_told_otherwise(monkeypatch):
+def test_the_page_listens_on_the_loopback_address_unless_host_says_otherwise(monkeypatch):
     """Also where the environment says otherwise."""
     given = []
     monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
