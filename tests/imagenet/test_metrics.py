@@ -1,6 +1,7 @@
 """metrics.py and fashion.py: Frechet distance, Inception metrics, references, feature network."""
 
-import os
+import fractions
+import pickle
 import sys
 import types
 
@@ -195,17 +196,17 @@ def test_a_damaged_npz_is_named(tmp_path):
             metrics.read_npz(path)
 
 
-def test_inception_weights_are_not_unpickled(monkeypatch):
+def test_inception_weights_are_not_unpickled(monkeypatch, tmp_path):
     """torch-fidelity itself unpickles its download; within load_inception torch.load cannot."""
     fidelity = types.ModuleType("torch_fidelity")
-    seen = []
+    torch.save(fractions.Fraction(1, 2), tmp_path / "code.pth")
 
     def extractor(*given):
-        seen.append(os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"])
+        with pytest.raises(pickle.UnpicklingError, match="fractions"):
+            torch.load(tmp_path / "code.pth", weights_only=False)
         return torch.nn.Identity()
 
     fidelity.FeatureExtractorInceptionV3 = extractor
     monkeypatch.setitem(sys.modules, "torch_fidelity", fidelity)
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     frechet.load_inception(CPU)
-    assert seen == ["1"] and os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "0"
+    assert torch.load(tmp_path / "code.pth", weights_only=False) == fractions.Fraction(1, 2)
