@@ -207,8 +207,8 @@ def can_compile(device: torch.device | str = "cpu") -> bool:
 
 @contextlib.contextmanager
 def compiled_policies(enabled: bool = True) -> Iterator[None]:
-    """Within the block, `velocity` of both policies goes through torch.compile, if it works."""
-    kinds = (GMFlowPolicy, DXPolicy) if enabled and can_compile() else ()
+    """Within the block, `velocity` of both policies goes through torch.compile, if enabled."""
+    kinds = (GMFlowPolicy, DXPolicy) if enabled else ()
     eager = {kind: kind.velocity for kind in kinds}
     for kind in kinds:
         kind.velocity = torch.compile(kind.velocity)

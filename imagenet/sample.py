@@ -34,7 +34,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import fashion
-from common.cli import DEVICE_HELP, compiled_policies, keep_freed_memory, parse, run_cli, setting
+from common.cli import (
+    DEVICE_HELP,
+    can_compile,
+    compiled_policies,
+    keep_freed_memory,
+    parse,
+    run_cli,
+    setting,
+)
 from common.files import join, read_json, write_json, writing
 from common.plots import image_rows, save_figure, save_image_grid
 from common.processes import Place, processes, total
@@ -257,7 +265,10 @@ def main(argv: list[str] | None = None) -> None:
     """Samples and measures; see the top of the file."""
     keep_freed_memory()
     s = parse(Settings, __doc__, argv)
-    with processes(s.device) as place, compiled_policies(s.compile):
+    with (
+        processes(s.device) as place,
+        compiled_policies(s.compile and can_compile(place.device)),
+    ):
         device, on_cuda = place.device, place.device.type == "cuda"
         if on_cuda:
             torch.set_float32_matmul_precision("high")  # TF32, as in the public evaluation

@@ -1,7 +1,6 @@
 """common/cli.py: flags of a dataclass, errors of one line, compilation."""
 
 import importlib
-import warnings
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -121,7 +120,7 @@ def test_devices():
         pick_device("tpu")
 
 
-def test_without_a_compiler_there_is_a_warning_and_the_policies_stay(monkeypatch):
+def test_without_a_compiler_there_is_a_warning(monkeypatch):
     def broken(function):
         def call(*args):
             raise RuntimeError("no compiler\nhere")
@@ -131,9 +130,6 @@ def test_without_a_compiler_there_is_a_warning_and_the_policies_stay(monkeypatch
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match="going on without: no compiler$"):
         assert not can_compile()
-    before = GMFlowPolicy.velocity
-    with pytest.warns(UserWarning), compiled_policies():
-        assert GMFlowPolicy.velocity is before
 
 
 @pytest.mark.slow
@@ -144,13 +140,12 @@ def test_compiled_policies_compute_the_same():
     mixture = GaussianMixture(means, torch.full((3, 1, 1, 1, 1), -1.5), torch.zeros(3, 4, 1, 3, 4))
     policy, before = GMFlowPolicy(mixture, x, 1.0), GMFlowPolicy.velocity
     eager = rollout(policy, x, 1.0, 0.25, 3.2, 16)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error", UserWarning)
-        try:
-            with compiled_policies():
-                assert GMFlowPolicy.velocity is not before
-                found = rollout(policy, x, 1.0, 0.25, 3.2, 16)
-        except UserWarning as warning:
-            pytest.skip(f"no working compiler: {warning}")
+    if not can_compile():
+        pytest.skip("no working compiler")
+    with torch.no_grad(), compiled_policies(False):
+        assert GMFlowPolicy.velocity is before
+    with torch.no_grad(), compiled_policies():
+        assert GMFlowPolicy.velocity is not before
+        found = rollout(policy, x, 1.0, 0.25, 3.2, 16)
     assert GMFlowPolicy.velocity is before
     assert (found - eager).abs().max() < 1e-4 * eager.abs().max()
