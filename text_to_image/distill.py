@@ -286,7 +286,7 @@ def tiny_prompts(s: Settings, place: Place) -> str:
     source, folder = join(s.out, "prompts.txt"), join(s.out, "prompts")
     if place.rank == 0:
         write_text(source, "\n".join(TINY_PROMPTS) + "\n")
-        cached = cache_prompts.Settings(source, folder, s.family, tiny=True, max_length=40)
+        cached = cache_prompts.Settings(source, folder, s.family, tiny=True)
         cache_prompts.cache(cached, Place(0, 1, place.device))
     from_first(None)
     return folder

@@ -28,6 +28,7 @@ GUIDANCE = 2.5  # with which the adapters were distilled
 SIDE = 112  # pixels of an image
 ENLARGE = 4  # pixels of an image per pixel of the data set
 WORD_WIDTH = 64
+WORDS = 40  # to which the prompts of the FLUX models are padded: they take no mask
 CONFIG = {
     "in_channels": 16, "out_channels": 4, "num_layers": 4, "num_attention_heads": 4,
     "attention_head_dim": 24, "joint_attention_dim": WORD_WIDTH, "axes_dims_rope": (4, 10, 10),
@@ -133,11 +134,10 @@ def random_pipeline(family: Family) -> Any:
     diffusers = import_diffusers()
 
     class WordPipeline(getattr(diffusers, family.pipeline)):
-        def encode_prompt(self, prompt, device=None, max_sequence_length=512, **_):
+        def encode_prompt(self, prompt, device=None, **_):
             embeds, _ = encode_words(prompt)
             pooled = embeds.sum(1)  # whatever the padding
-            padding = max_sequence_length - embeds.shape[1]  # FLUX takes no mask: one length
-            embeds = F.pad(embeds, (0, 0, 0, padding))
+            embeds = F.pad(embeds, (0, 0, 0, max(0, WORDS - embeds.shape[1])))
             embeds = embeds.to(device or self._execution_device, self.transformer.dtype)
             return embeds, pooled.to(embeds)
 
