@@ -448,9 +448,9 @@ def test_exact_solver_is_the_limit_of_substeps(n, shift):
     policy = DXPolicy(v, x_src, shift_time(tau_src, shift), 0.5, shift)
     for end in (torch.tensor([0.7, 0.15, 0.02]).double(), torch.tensor([0.2, 0.1, 0.1]).double()):
         exact = rollout(policy, x_src, tau_src, end, shift, solver="exact")
-        for substeps in (2000, 8000):
+        for substeps in (500, 2000):
             fine = rollout(policy, x_src, tau_src, end, shift, substeps, solver="deis")
-            assert (exact - fine).abs().max() < (2000 / substeps) ** 2 * 2e-3
+            assert (exact - fine).abs().max() < (500 / substeps) ** 2 * 32e-3
     data = rollout(policy, x_src, tau_src, 0.0, shift, solver="exact")  # ends on x0_hat(0)
     assert torch.allclose(data, policy.x0_hat(full(3, 0.0)), atol=1e-3)
 

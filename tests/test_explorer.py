@@ -210,9 +210,9 @@ def test_every_button(page):
         button.click()
         if button.get_attribute("data-set"):
             assert button.get_attribute("aria-pressed") == "true"
-        page.execute_script("playing = false; setState(DEFAULTS); window.drawn = false")
-        page.execute_script("requestAnimationFrame(() => (window.drawn = true))")
-        wait_for(page, "window.drawn")
+        page.execute_async_script(
+            "playing = false; setState(DEFAULTS); requestAnimationFrame(arguments[0])"
+        )
 
 
 def test_the_address_keeps_the_state(page):

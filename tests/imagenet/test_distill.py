@@ -304,7 +304,7 @@ def test_loss_on_a_gpu_without_host_reads(teacher_file, policy, nfe):
 
 @pytest.mark.parametrize("data", ["free", "dependent"])
 def test_two_evaluations_learn(tmp_path, teacher_file, data, capsys):
-    changes = {"nfe": 2, "iterations": 60, "log_every": 20, "batch": 16, "lr_decay": "cosine"}
+    changes = {"nfe": 2, "iterations": 42, "log_every": 14, "batch": 16, "lr_decay": "cosine"}
     changes |= {"micro_batch": 16, "guidance": 1.0, "dropout": 0.0}
     if data == "dependent":
         write_latents(tmp_path)
@@ -316,7 +316,7 @@ def test_two_evaluations_learn(tmp_path, teacher_file, data, capsys):
     assert len(losses) == 3 and losses[2] < 0.8 * losses[0]
 
     net, config = load_dit(out / "student.safetensors"), json.loads(read_text(out / "config.json"))
-    assert (config["nfe"], config["guidance"], config["iterations"]) == (2, 1.0, 60)
+    assert (config["nfe"], config["guidance"], config["iterations"]) == (2, 1.0, 42)
     if data == "free":
         labels, noise = torch.arange(10), torch.randn(10, 4, 4, 4)
         target = integrate_teacher(guided_teacher(small_teacher(), labels), noise, 64)
@@ -350,7 +350,7 @@ def test_two_processes_equal_one(tmp_path, teacher_file, shard):
 
 def test_frechet_distance_while_training(tmp_path):
     """Images of the average on two processes; the same images, drawn and measured here, in one."""
-    argv = ["--iterations", "2", "--batch", "4", "--picture-every", "1"]
+    argv = ["--iterations", "2", "--batch", "4", "--picture-every", "2"]
     argv += ["--fid-images", "81", "--device", "cpu"]
     run_two("imagenet.distill", [*argv, "--out", str(tmp_path)])
     found = [record["frechet_distance"] for record in stats(tmp_path)]
@@ -361,7 +361,7 @@ def test_frechet_distance_while_training(tmp_path):
         x_0 = sample(distill.dit_student(net, labels), noise, **distill.TINY.sampling)
     pixels = to_pixels(fashion.to_images(x_0).clamp(-1, 1)).permute(0, 3, 1, 2)
     expected = fashion.frechet_distance(pixels / 127.5 - 1)
-    assert len(found) == 2 and found[1] == pytest.approx(expected, rel=1e-3)
+    assert len(found) == 1 and found[0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_fid_while_training(teacher_file, monkeypatch):

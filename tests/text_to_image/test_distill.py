@@ -410,10 +410,11 @@ def test_resume_is_bit_for_bit(tmp_path):
     """With dropout in the LoRA; a checkpoint holds what is trained and nothing of the base."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     argv = [*FAST, "--preset", "gm-flux", "--lora-dropout", "0.1", "--ema-start", "1"]
+    argv += ["--iterations", "2", "--save-every", "1"]
     distill.main([*argv, "--out", str(whole)])
-    distill.main([*argv, "--out", str(halves), "--iterations", "2"])
+    distill.main([*argv, "--out", str(halves), "--iterations", "1"])
     distill.main([*argv, "--out", str(halves)])
-    assert losses_of(whole) == losses_of(halves) and len(losses_of(whole)) == 4
+    assert losses_of(whole) == losses_of(halves) and len(losses_of(whole)) == 2
     names = "adapter/diffusion_pytorch_model.safetensors"
     assert (whole / names).read_bytes() == (halves / names).read_bytes()
     state = checkpoint(whole)
@@ -597,16 +598,16 @@ def test_bad_settings(argv, message, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_memory_is_near_the_published():
+def test_memory_is_near_the_published(monkeypatch):
     """Published, Qwen: 70 GB on each of many GPUs, 40 and 20 sharded over 2 and 8."""
+    with torch.device("meta"):
+        net = diffusers.QwenImageTransformer2DModel()
+        roles = distill.two_roles(PRESETS["gm-qwen"], diffusers.QwenImageTransformer2DModel())
+    monkeypatch.setattr(distill, "two_roles", lambda *given: roles)  # once: it takes a second
 
     def needed(world, **changes):
-        with torch.device("meta"):
-            net = diffusers.QwenImageTransformer2DModel()
         return distill.memory_needed(replace(PRESETS["gm-qwen"], **changes), net, world)
 
-    with torch.device("meta"):
-        roles = distill.two_roles(PRESETS["gm-qwen"], diffusers.QwenImageTransformer2DModel())
     assert roles.net.proj_out.student.logstds[1].out_features == 1024  # as in all public files
     assert 50e9 < needed(1, optimizer="adamw8bit") < 80e9
     needed = needed(2, shard=True), needed(8, shard=True)
