@@ -1,6 +1,6 @@
 """Prepares the stored notebooks, after they ran: python -m docs.notebooks [NAME.ipynb ...]
 
-Writes the launch badge and the first cell, and makes stored figures smaller (64 colours).
+Writes the launch badge and the first cell, and makes stored figures smaller (128 colours).
 ADDRESS is the one place that knows where the repository is hosted.
 """
 
@@ -44,13 +44,14 @@ def prepared(name: str, title: str) -> str:
 
 
 def shrink(png: str) -> str:
-    """A picture, base64, with at most 64 colours."""
+    """A picture, base64, with at most 128 colours, among them those of thin lines."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(png)))
     if image.mode == "P":
         return png
-    image = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    options = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
+    image = image.convert("RGB").quantize(128, **options)
     file = io.BytesIO()
     image.save(file, "png", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
