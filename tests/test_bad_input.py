@@ -147,7 +147,7 @@ def test_one_line_status_one_nothing_written(row, folder, monkeypatch):
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("module", ["toy_2d", "imagenet.distill", "text_to_image.generate"])
+@pytest.mark.parametrize("module", ["toy_2d", "text_to_image.generate"])
 def test_as_a_process(module, folder):
     """The same from the shell: exit status and one line."""
     command = [sys.executable, "-m", module, *SCRIPTS[module], "--seed", "many"]
