@@ -1,7 +1,7 @@
 """pi-ID against behaviour cloning on the plane: where on-policy queries pay, and where not.
 
     python -m benchmarks.cloning                             # about ten core-minutes
-    python -m benchmarks.cloning --cases dx --iterations 4000
+    python -m benchmarks.cloning --cases "DX, N = 20" --iterations 4000
 
 Both train the same student with the same loss and the same iterations. They differ in the states
 at which the teacher is queried: pi-ID's lie on the rollout of the detached policy, cloning's on

@@ -196,7 +196,7 @@ function showCounters(progress) {
   const teacherCalls = dragged ? 0 : Math.round(seen * scene.calls.teacher);
   element("teacher-calls").firstChild.textContent = teacherCalls + (asked ? ` + ${asked}` : "");
   element("teacher-calls").lastChild.textContent =
-    "network calls of the teacher" + (asked ? " + queries" : "");
+    "network calls of the teacher" + (asked ? " + your queries" : "");
   element("error").firstChild.textContent = dragged ? "-" : scene.error.toFixed(3);
   element("calls").classList.toggle("flash", progress < 0.5 && isStudent());
 }
@@ -298,6 +298,8 @@ function showSentence(index) {
   const wanted = new URLSearchParams(SENTENCES[step][1]);
   revealed = performance.now();
   playing = false;
+  training = null; // each sentence begins untrained
+  scene = null;
   setState({ ...DEFAULTS, ...parseState(SENTENCES[step][1]), step: String(step + 1) });
   if (wanted.has("play")) play();
   if (wanted.has("train")) train();

@@ -215,6 +215,14 @@ def test_every_button(page):
         )
 
 
+def test_a_sentence_begins_untrained(page):
+    """The sentences on queries speak of an untrained policy, also after the one that trains."""
+    page.execute_script("showSentence(9)")
+    wait_for(page, "training.done > 0")
+    page.execute_script("showSentence(7)")
+    assert seen(page, "training.done") == 0 and seen(page, "scene.error") > 0.5
+
+
 def test_the_address_keeps_the_state(page):
     text = "policy=dx&nfe=2&substeps=16&solver=deis&noise=1.5,-2&t=0.4&push=0.5,1,0&tool=push"
     page.get(PAGE.as_uri() + "#" + text)
