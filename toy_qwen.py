@@ -41,7 +41,7 @@ class Settings(ToySettings):
     """Those of both toys, with the published values as defaults, and the teacher."""
 
     out: Path = setting(Path("outputs/toy_qwen"), "folder for figures and metrics")
-    tiny: bool = setting(False, "offline: a small model of clothes; no --base, --quantize")
+    tiny: bool = setting(False, "offline: a small model of clothes, with other defaults")
     prompt: str = setting("a blue jay on a snowy branch, photograph", "prompt of the one picture")
     negative_prompt: str = setting("", "prompt of the unconditional branch")
     guidance: float = setting(4.0, "classifier-free guidance scale; 1: none", low=0)
@@ -49,11 +49,15 @@ class Settings(ToySettings):
     width: int = setting(1360, "multiple of 16", low=16)
     base: str | None = setting(None, "folder or Hub name in place of " + QWEN.repo)
     quantize: str = setting("none", loading.QUANTIZE_HELP, choices=loading.BYTES_PER_WEIGHT)
-    offload: str = setting("none", loading.OFFLOAD_HELP, choices=OFFLOADS)
+    offload: str = setting(
+        "none", "group: one layer at a time on the GPU, which is slow; none: all", choices=OFFLOADS
+    )
 
     def __post_init__(self):
         if self.height % 16 or self.width % 16:
             raise ValueError("--height and --width must be multiples of 16")
+        if not self.prompt.strip():
+            raise ValueError("--prompt is empty")
 
 
 PRESETS = {

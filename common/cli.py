@@ -108,7 +108,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
     """Adds one field's flag, or its positional argument."""
     about = field.metadata
     options = {"help": about["help"], "choices": about["choices"], "metavar": about["metavar"]}
-    if default is not None:
+    if default not in (None, (), ""):
         options["help"] += f" (default: {default})"
     if isinstance(kind, types.UnionType):  # X | None
         kind = typing.get_args(kind)[0]
@@ -118,16 +118,25 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any, d
     elif kind is bool:
         options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
     elif about["path"]:
-        options["type"] = os.path.expanduser
+        options["type"] = _any_path
     else:
         options["type"] = _local_path if kind is Path else kind
     if about["positional"]:
         parser.add_argument(field.name, **options)
     else:
-        parser.add_argument(_flag(field), dest=field.name, **options)
+        flag = _flag(field)
+        if kind is not bool and not options["choices"]:
+            options["metavar"] = options["metavar"] or flag[2:].upper().replace("-", "_")
+        parser.add_argument(flag, dest=field.name, **options)
+
+
+def _any_path(text: str) -> str:
+    return os.path.expanduser(text.rstrip("/") or text)  # a folder has one spelling
 
 
 def _local_path(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is remote; it must be a local path")
     return Path(text).expanduser()
 
 
@@ -172,6 +181,9 @@ def run_cli(main: Callable[[], Any]) -> None:
         sys.exit(f"error: {error}; pip install {error.name}")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except torch.OutOfMemoryError:
+        helps = "a smaller --micro-batch or --batch, or --shard on several GPUs"
+        sys.exit(f"error: the GPU is out of memory; try {helps}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -20,7 +20,7 @@ def is_remote(path: str | Path) -> bool:
 
 def join(folder: str | Path, *names: str) -> str:
     """A path below a local or remote folder."""
-    return "/".join([str(folder).rstrip("/"), *names])
+    return "/".join([(str(folder) or ".").rstrip("/"), *names])
 
 
 @contextlib.contextmanager

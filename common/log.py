@@ -52,7 +52,7 @@ class Log:
         squares, counts = total(self.by_t)
         record = {
             "iteration": state.iteration,
-            "loss": sum(self.losses) / max(1, len(self.losses)),
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "loss_by_t": [round(value, 6) for value in (squares / counts.clamp(min=1)).tolist()],
             "grad_norm": self.norm,
             "lr": state.optimizer.param_groups[0]["lr"],

@@ -28,13 +28,14 @@ class Place(NamedTuple):
 @contextlib.contextmanager
 def processes(device: str = "auto") -> Iterator[Place]:
     """One process, or those that torchrun started: NCCL on CUDA, otherwise Gloo."""
-    chosen = pick_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Place(0, 1, chosen)
+        yield Place(0, 1, pick_device(device))
         return
+    if torch.cuda.is_available():  # before anything else touches a GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    chosen = pick_device(device)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
+        chosen = torch.device("cuda", torch.cuda.current_device())
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     # An hour: the other processes wait while rank 0 reads a checkpoint or draws pictures.
     dist.init_process_group(backend, timeout=timedelta(hours=1))

@@ -310,8 +310,7 @@ def run_toy(
     about = {**(about or {}), "reference": f"{settings.teacher_steps} Heun steps of the teacher"}
     reference = teacher_trajectory(teacher, x_src, settings.teacher_steps, shift)
     if settings.sweep:
-        runs = run_sweep(teacher, reference, decode, settings, shift)
-        write_json(settings.out / "sweep.json", about | {"runs": runs})
+        runs = run_sweep(teacher, reference, decode, settings, shift, about)
         steps = settings.cloning + settings.iterations
         figure = plots.policy_sizes(runs, f"{plots.plain(name)}, {steps} iterations a run")
         plots.save_figure(figure, settings.out / "sweep.png")
@@ -331,14 +330,19 @@ def run_toy(
 
 
 def run_sweep(
-    teacher: Teacher, reference: Tensor, decode: Decode, settings: ToySettings, shift: float = 1.0
-) -> list[dict[str, Any]]:
-    """One fit per K (gmflow) and per N (dx), same noise -> a row of metrics for each."""
+    teacher: Teacher, reference: Tensor, decode: Decode, settings: ToySettings, shift: float = 1.0,
+    about: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One fit per K (gmflow) and per N (dx), same noise -> a row of metrics for each.
+
+    sweep.json, in settings.out, grows with every fit; about: what else it says.
+    """
     rows = []
     for policy, sizes in SIZES.items():
         for size in sizes:
             one = dataclasses.replace(settings, policy=policy, components=size)
             metrics = run_fit(teacher, reference, decode, one, shift).metrics
             rows.append({"policy": policy, "size": size} | metrics)
+            write_json(settings.out / "sweep.json", (about or {}) | {"runs": rows})
             print(f"{policy:6s} {size:3d}  {metrics['endpoint_psnr_db']:5.1f} dB", flush=True)
     return rows

@@ -223,7 +223,8 @@ def save(s: TrainSettings, state: State, task: Any) -> None:
     with writing(join(folder, f"step_{state.iteration:08d}.pt")) as temporary:
         torch.save(whole, temporary)
     export(s, task, whole["ema"])
-    names = list_files(folder, "step_")
+    names = list_files(folder, "step_")  # above this iteration they are damaged: see `newest`
+    names = [name for name in names if int(name[5:13]) <= state.iteration]
     if s.milestone_every:
         names = [name for name in names if int(name[5:13]) % s.milestone_every]
     for name in names[: -s.keep]:
@@ -251,7 +252,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 def newest(out: str) -> dict[str, Any] | None:
     """The newest checkpoint of a run that is whole; damaged ones are named and skipped."""
     folder = join(out, "checkpoints")
-    for place in (out, folder):
+    for place in (out, folder, join(out, "adapter"), join(out, "pictures")):
         remove_leftovers(place)
     for name in reversed(list_files(folder, "step_")):
         try:
@@ -285,6 +286,8 @@ def start(s: TrainSettings, task: Any, place: Place) -> State:
         task.shard(task.net)
     state = State(task.net.train(), s)
     state.restore(newest(s.out) if place.rank == 0 else None)
+    if state.iteration > s.iterations:
+        raise ValueError(f"--iterations {s.iterations}: {s.out} is at iteration {state.iteration}")
     if state.iteration:  # a run that was killed after its checkpoint has an older student
         export(s, task, state.whole_average())
     return state
@@ -325,8 +328,8 @@ def training_seed(seed: int, number: int) -> int:
 def train(s: TrainSettings, task: Any, place: Place) -> State:
     """Trains, or continues, the run in s.out. Every process calls this; rank 0 writes.
 
-    Raises: ValueError if the GPU is out of memory, or after MOST_SKIPPED iterations in a row
-        without a finite gradient; the weights from before are saved then.
+    Raises: ValueError after MOST_SKIPPED iterations in a row without a finite gradient; the weights
+        from before are saved then.
     """
     state = start(s, task, place)
     log = Log(s, state.iteration, place.device)
@@ -339,13 +342,7 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
     with stop_signals() as received, bar:
         while not last:
             state.optimizer.zero_grad()
-            try:
-                loss = add_gradients(s, task, state.iteration, place, log)
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"out of memory with --micro-batch {s.micro_batch}: try a smaller one, "
-                    "or --shard on several GPUs"
-                ) from error
+            loss = add_gradients(s, task, state.iteration, place, log)
             limit = s.clip if state.iteration >= s.clip_start else math.inf
             norm = nn.utils.clip_grad_norm_(state.weights, limit)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # the same on all
@@ -375,18 +372,16 @@ def train(s: TrainSettings, task: Any, place: Place) -> State:
                     f"from before, iteration {state.iteration}, are saved; try a lower --lr than "
                     f"{s.lr} in another --out"
                 )
-            try:
-                found = {}
-                if due(state.iteration, s.eval_every, done):  # no time for it after a signal
-                    with state.averaged() as net, torch.no_grad():
-                        found = task.evaluate(net, state.iteration)
-                if found or due(state.iteration, s.log_every, last):
-                    log.write(state, found)
-            finally:  # also if the evaluation fails
-                if due(state.iteration, s.save_every, last) and (last or not bad):
-                    save(s, state, task)
+            if due(state.iteration, s.save_every, last) and (last or not bad):
+                save(s, state, task)  # before the evaluation, which may take minutes, or fail
+            found = {}
+            if due(state.iteration, s.eval_every, done) and not stop:
+                with state.averaged() as net, torch.no_grad():
+                    found = task.evaluate(net, state.iteration)
+            if found or due(state.iteration, s.log_every, last):
+                log.write(state, found)
     if place.rank == 0:
-        print(f"iteration {state.iteration} of {s.iterations}, {state.seconds:.0f} s")
+        print(f"iteration {state.iteration} of {s.iterations}, {state.seconds:.0f} s; in {s.out}")
         if state.iteration < s.iterations:
             print("stopped: run the same command again to continue")
     return state

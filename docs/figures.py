@@ -3,6 +3,7 @@
 The last needs requirements-extra.txt.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -151,6 +152,7 @@ def words() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     segment()
     arrows()
     words()

@@ -4,6 +4,7 @@ Left the teacher moves a point by 128 network calls; right one call, its policy,
 Writes assets/policy.gif and assets/policy.png.
 """
 
+import argparse
 import io
 from pathlib import Path
 
@@ -171,4 +172,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

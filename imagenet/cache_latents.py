@@ -184,12 +184,14 @@ class Latents:
             given = f"{len(self.labels)} labels for {self.ends[-1]} images"
             raise ValueError(f"--latents {folder} has {given}")
         found = {
+            "images": len(self.labels) // 2,
             "shape": self.moments[0].shape[2:],
             "classes": made_from["classes"],
             "VAE": Path(made_from["vae"]).name,
             "scale": made_from["scale"],
         }
         needed = {
+            "images": made_from["images"],
             "shape": (net.channels, net.latent_size, net.latent_size),
             "classes": net.num_classes,
             "VAE": Path(net.decoder).name,

@@ -157,7 +157,7 @@ def load_dit(
 def local_file(source: str | Path) -> Iterator[Path]:
     """Yields the file of a run, of a remote path, or of the Hub (kept in its cache)."""
     path = Path(source)
-    if path.is_dir() or (is_remote(source) and not path.suffix):
+    if path.is_dir() or (is_remote(source) and path.suffix not in SUFFIXES):
         source = join(source, "student.safetensors")
     if is_remote(source) or Path(source).is_file():
         with reading(source) as local:
@@ -178,6 +178,7 @@ def local_file(source: str | Path) -> Iterator[Path]:
     yield Path(fetched)
 
 
+SUFFIXES = (".safetensors", ".pt", ".pth")
 WRAPPERS = ("ema", "ema_state_dict", "model_ema", "state_dict", "model", "module", "net")
 
 
@@ -282,6 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     s = parse(Settings, __doc__, argv)
     if s.out.suffix != ".safetensors":
         raise ValueError(f"{s.out}: the new file must end in .safetensors")
+    if s.out.exists():
+        raise ValueError(f"{s.out} exists; name a new file")
     net = load_dit(s.model, s.num_heads, s.time_scale, head=s.head, flip_time=s.flip_time)
     net.config = dataclasses.replace(net.config, decoder=s.decoder or net.config.decoder)
     save_dit(net, s.out, published=True)

@@ -196,12 +196,13 @@ class Distillation:
         config = teacher.config
         self.shape = (config.channels, config.latent_size, config.latent_size)
         self.latents = Latents(s.latents, config) if s.latents else None
-        self.decode = self.pairs = self.reference = None
+        self.pairs = self.reference = None
         tiny = config.decoder == PIXELS
         if s.fid_images and not (tiny or s.reference):
             raise ValueError("--fid-images needs --reference: what the FID compares with")
         if s.fid_images:
             self.reference = metrics.open_reference(None if tiny else s.reference, device)
+        self.decode = load_decoder(config, device) if s.eval_every else None
 
     def shard(self, net: nn.Module) -> None:
         """Each block is gathered when it is needed."""
@@ -265,7 +266,6 @@ class Distillation:
             labels = labels * self.teacher.config.num_classes // PAIRS
             target = integrate_teacher(self.guided(labels), noise, TEACHER_STEPS)
             self.pairs = noise, labels, target
-            self.decode = load_decoder(self.teacher.config, self.device)
         noise, labels, target = self.pairs
         x_0 = self.sample(net, noise, labels)
         if rank() == 0:
@@ -282,14 +282,17 @@ class Distillation:
         """Of new images of the average, on all processes; image i has the seed i."""
         reference = self.reference
         features = torch.zeros(self.s.fid_images, len(reference.mean), device=self.device)
-        for part in torch.arange(len(features))[rank() :: world()].split(FID_BATCH):
+        size = FID_BATCH * world()
+        for start in range(0, len(features), size):
+            mine = range(start + rank(), min(start + size, len(features)), world())
+            part = torch.tensor(mine or [start])  # sharded: all processes run the network as often
             seeds = [torch.Generator().manual_seed(i) for i in part.tolist()]
             noise = torch.stack([torch.randn(self.shape, generator=seed) for seed in seeds])
             labels = part.to(self.device) % self.teacher.config.num_classes
             pixels = to_pixels(self.decode(self.sample(net, noise.to(self.device), labels)))
             with frechet.full_precision():
                 found = reference.judge(pixels.permute(0, 3, 1, 2).to(self.device))
-            features[part] = found[0].float()
+            features[part] = found[0].float() * bool(mine)
         moments = frechet.moments(total(features))  #  the others have zeros there
         return frechet.gaussian_distance(*moments, reference.mean, reference.covariance)
 

@@ -83,7 +83,8 @@ def read_npz(path: str | Path) -> tuple[list[Tensor] | None, tuple[Tensor, Tenso
     known = (found["mu"], found["sigma"]) if {"mu", "sigma"} <= found.keys() else None
     wrong = images is None and known is None
     wrong |= images is not None and (images.dtype, images.shape[3:]) != (torch.uint8, (3,))
-    wrong |= known is not None and known[0].shape != (FEATURES,)
+    shapes = [] if known is None else [tuple(value.shape) for value in known]
+    wrong |= shapes not in ([], [(FEATURES,), (FEATURES, FEATURES)])
     if wrong:
         held = {name: (str(value.dtype), tuple(value.shape)) for name, value in found.items()}
         raise ValueError(
@@ -130,6 +131,8 @@ def precision(features: Tensor, real: Tensor) -> float:
     Near: not farther than that one's third neighbour in its own set. Distances are computed in
     blocks of at most 0.5 GB.
     """
+    if min(len(features), len(real)) <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on both sides")
     size = max(1, 2**27 // len(real))
     with full_precision():
         near = [

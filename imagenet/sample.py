@@ -66,7 +66,7 @@ class Settings:
     """What is sampled, and how. `resolve_settings` fills in what is left open."""
 
     model: str = setting(
-        dataclasses.MISSING, "run, file, owner/repository/path on the Hub, or a name",
+        dataclasses.MISSING, f"run, file, owner/repository/path on the Hub, {', '.join(NAMES)}",
         positional=True, path=True,
     )  # fmt: skip
     out: Path | None = setting(
@@ -136,8 +136,10 @@ def resolve_settings(s: Settings, net: DiT) -> Settings:
         )
     if s.reference and is_fashion(net):
         raise ValueError(f"--reference {s.reference}: a tiny model has its own features and no FID")
-    of_a_run = s.model not in NAMES and not Path(s.model).is_file()
-    run = read_json(join(s.model, "config.json")) if of_a_run else {}
+    folder = s.model
+    if Path(folder).suffix in (".pt", ".safetensors"):  # of a run: OUT/checkpoints/ or OUT/
+        folder = re.sub(r"(/checkpoints)?/?[^/]*$", "", folder) or "."
+    run = {} if s.model in NAMES else read_json(join(folder, "config.json"))
     teacher = s.teacher or run.get("teacher", "tiny" if is_fashion(net) else None)
     source = TEACHERS.get(s.model if is_teacher else teacher, Source(""))
     guidance = run.get("guidance", source.guidance) if s.guidance is None else s.guidance
@@ -295,12 +297,14 @@ def main(argv: list[str] | None = None) -> None:
             return
         found = {"model": s.model, "nfe": s.nfe, "count": s.count, "labels": s.labels}
         found["seconds_per_image"] = (time.perf_counter() - began) / s.count
-        labels = draws(s, net, range(s.first, s.first + s.count))[1]
+        numbers = range(s.first, s.first + s.count)
+        labels = torch.cat([draws(s, net, range(i, i + 1))[1] for i in numbers])
         if s.npz:
             with writing(s.out / "samples.npz") as temporary:
                 np.savez(temporary, arr_0=images.numpy(), arr_1=labels.numpy())
         grid = images[:100].permute(0, 3, 1, 2)
         save_image_grid(grid, s.out / "samples.png", min(10, len(grid)), padding=0)
+        (s.out / "pairs.png").unlink(missing_ok=True)  # of an earlier model
         if teacher:
             found["endpoint_rmse"], rows = compare(s, net, teacher, decode, device)
             save_figure(image_rows(rows, "the same noise"), s.out / "pairs.png")
@@ -313,6 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(s.out / "metrics.json", found | {"settings": known})
     for name, value in found.items():
         print(f"{name:20s} {value:.4f}" if isinstance(value, float) else f"{name:20s} {value}")
+    print(f"wrote {s.out}")
 
 
 if __name__ == "__main__":

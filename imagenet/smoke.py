@@ -87,9 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     s = parse(Settings, __doc__, argv, first | PRESETS)
     with processes(s.device) as place:
         name = "xl2" if place.device.type == "cuda" and s.teacher != "tiny" else "tiny"
+        if s.shard and place.world == 1:
+            raise ValueError("--shard splits a run over processes: start several by torchrun")
         if name == "tiny" and s.teacher != "tiny":
+            print("no GPU: the tiny network in place of XL/2")
             s = replace(PRESETS["tiny"], compile=s.compile, seed=s.seed)
-        none = {"latents": None, "fid_images": 0, "logger": None}
+        none = {"latents": None, "fid_images": 0, "eval_every": 0, "logger": None}
         s = replace(s, batch=s.micro_batch * place.world, **none)
         task = Distillation(s, place.device, random_teacher(name, place.device))
         seconds = seconds_per_step(s, task, place)

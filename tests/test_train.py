@@ -19,7 +19,7 @@ from torch import nn
 from two_processes import ENVIRONMENT, run_two, server
 
 from common import train as engine
-from common.cli import parse
+from common.cli import parse, run_cli
 from common.files import join, list_files, read_text, write_text
 from common.processes import Place, stop_signals
 from common.train import TrainSettings, read_checkpoint, train
@@ -337,13 +337,30 @@ def test_other_settings_are_refused_free_ones_are_not(tmp_path):
     assert_same(before, newest(tmp_path))
 
 
-def test_fewer_iterations_than_done(tmp_path, capsys):
+def test_fewer_iterations_than_done(tmp_path):
     run(tmp_path, iterations=6)
-    capsys.readouterr()
-    run(tmp_path, iterations=4)
-    said = capsys.readouterr().out
-    assert "iteration 6 of 4" in said and "again" not in said
-    assert newest(tmp_path)["iteration"] == 6
+    with pytest.raises(ValueError, match="--iterations 4: .* is at iteration 6"):
+        run(tmp_path, iterations=4)
+    assert json.loads((tmp_path / "config.json").read_text())["iterations"] == 6
+
+
+def test_damaged_checkpoints_do_not_push_out_new_ones(tmp_path):
+    """A run falls back behind two damaged checkpoints; those that it writes then stay."""
+    run(tmp_path, iterations=6, save_every=2, keep=3)
+    for number in (4, 6):
+        (tmp_path / "checkpoints" / f"step_{number:08d}.pt").write_bytes(b"damaged")
+    run(tmp_path, iterations=5, save_every=1, keep=2)
+    assert engine.newest(str(tmp_path))["iteration"] == 5
+
+
+def test_a_failing_evaluation_costs_no_iteration(tmp_path):
+    """The checkpoint is written before; evaluate fails at iteration 3."""
+    s = settings(out=str(tmp_path), iterations=4, eval_every=3, save_every=3)
+    task = Task(s)
+    task.evaluate = lambda net, iteration: pytest.fail("no picture")
+    with pytest.raises(pytest.fail.Exception):
+        train(s, task, ONE)
+    assert newest(tmp_path)["iteration"] == 3
 
 
 # -- what is not finite, what does not fit ---------------------------------------------------------
@@ -385,8 +402,8 @@ def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Task, "losses", full)
-    with pytest.raises(ValueError, match="out of memory with --micro-batch 2: try a smaller one"):
-        run(tmp_path)
+    with pytest.raises(SystemExit, match="error: the GPU is out of memory; try a smaller --micro-"):
+        run_cli(lambda: run(tmp_path))
 
 
 @pytest.mark.parametrize("changes, world, message", [

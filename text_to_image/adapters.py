@@ -324,8 +324,9 @@ def read_style(pipeline: type, modules: dict[str, nn.Module], where: str) -> dic
         if isinstance(layer, nn.Linear) and halves[name].keys() & {"A", "B"}:
             rank = halves[name].get("A", (1,))[0]
             needed = {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
-            if halves[name] != needed:
-                raise ValueError(f"LoRA {where}: {name} has {halves[name]}, needed is {needed}")
+            given = {half: halves[name].get(half) for half in needed}
+            if given != needed:
+                raise ValueError(f"LoRA {where}: {name} has {given}, needed is {needed}")
     used = len(halves) - len(unused)
     parts = {
         "not in this base": [name for name in unused if name not in layers],

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ from common.cli import DEVICE_HELP, keep_freed_memory, parse, run_cli, setting
 from common.files import join, list_files, remove_leftovers, writing
 from common.fingerprint import fingerprint
 from common.images import read_image, square
-from common.processes import Place, processes
-from text_to_image.families import FAMILIES, Conditions, Family, naming
+from common.processes import Place, from_first, processes
+from text_to_image.families import FAMILIES, STEP, Conditions, Family, naming
 from text_to_image.loading import load_base, place
 from text_to_image.prompts import MAX_TOKENS, Row, cut_off, read_source
 from text_to_image.tiny import demo_pipeline
@@ -59,14 +60,18 @@ class Settings:
     base: str | None = setting(None, "folder or Hub name of another base pipeline", path=True)
     tiny: bool = setting(False, "small stand-ins in place of the real encoders")
     column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
-    images: str | None = setting(None, "field of the image files in a JSONL file; no latents")
+    images: str | None = setting(None, "field of image files in a JSONL file; default: no latents")
     size: int = setting(1024, "side of the images in pixels, after cropping to a square", low=16)
     split: str = setting("train", "split of a dataset on the Hub")
-    limit: int | None = setting(None, "number of prompts to use; all of them", low=1)
+    limit: int | None = setting(None, "number of prompts to use; default: all", low=1)
     max_length: int = setting(MAX_TOKENS, "tokens per prompt, at most", low=1)
     float8: bool = setting(False, "embeddings as float8 with a scale per token: half the size")
     batch: int = setting(16, "prompts per call of the text encoder", low=1)
     device: str = setting("auto", DEVICE_HELP)
+
+    def __post_init__(self):
+        if self.size % STEP:
+            raise ValueError(f"--size {self.size}: must be a multiple of {STEP}")
 
 
 def read_prompts(settings: Settings) -> list[Row]:
@@ -104,7 +109,14 @@ def cache(settings: Settings, here: Place, pipe: Any = None) -> None:
     from safetensors.torch import save_file
 
     s, family = settings, FAMILIES[settings.family]
+    if here.rank == 0:
+        remove_leftovers(s.out)
+    if here.world > 1:  # before another process writes there
+        from_first(None)
     rows = read_prompts(s)
+    missing = [str(image) for _, image in rows if image and not image.is_file()]
+    if missing:
+        raise ValueError(f"{s.source} names {len(missing)} images that are not there: {missing[0]}")
     if pipe is None and s.tiny:
         pipe = demo_pipeline(family)
     elif pipe is None:
@@ -118,14 +130,12 @@ def cache(settings: Settings, here: Place, pipe: Any = None) -> None:
     encoders = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     content = json.dumps(rows, default=str).encode()
     about = {
-        "family": family.name, "base": "tiny" if s.tiny else s.base or family.repo,
+        "family": family.name, "base": "tiny" if s.tiny else Path(s.base or family.repo).name,
         "negative": repr(family.negative_prompt), "encoder": fingerprint(*encoders),
         "max_length": s.max_length, "images": s.size if s.images else None, "float8": s.float8,
         "source": hashlib.sha256(content).hexdigest()[:16], "shards": count,
     }  # fmt: skip
     about = {key: str(value) for key, value in about.items()}
-    if here.rank == 0:
-        remove_leftovers(s.out)
     cut = 0
     numbers = range(here.rank, count, here.world)
     for number in tqdm(numbers, desc="shards", disable=here.rank > 0 or None):
@@ -229,8 +239,11 @@ class PromptCache:
     """
 
     def __init__(self, folder: str | Path, family: Family, base: str):
-        needed = {"family": family.name, "base": base, "negative": repr(family.negative_prompt)}
-        shards = [Shard(join(folder, name)) for name in list_files(folder, "shard_")]
+        needed = {"family": family.name, "negative": repr(family.negative_prompt)}
+        needed["base"] = Path(base).name  # of a Hub name or folder
+        paths = [join(folder, name) for name in list_files(folder, "shard_")]
+        with ThreadPoolExecutor(32) as pool:  # thousands on s3://
+            shards = list(pool.map(Shard, paths))
         for shard in shards:
             shard.expect(needed)
             shard.expect(shards[0].about)
@@ -241,6 +254,7 @@ class PromptCache:
         self.shards = shards
         self.lengths = torch.cat([shard.lengths for shard in shards])
         self.firsts = [0, *itertools.accumulate(len(shard.lengths) for shard in shards)]
+        self.held_out = 128 if len(self) > 1280 else 0  # the last ones, for pictures; as published
         self.has_latents = "latents" in shards[0].tensors
         self.negative = None
         if family.negative_prompt is not None:
@@ -268,9 +282,10 @@ class PromptCache:
         Every epoch has an order of its own; the position follows from the iteration alone.
         """
         rows = []
+        count = len(self) - self.held_out
         for i in range(iteration * batch, (iteration + 1) * batch):
-            epoch, index = divmod(i, len(self))
-            rows.append(int(epoch_order(len(self), seed * 1_000_003 + epoch)[index]))
+            epoch, index = divmod(i, count)
+            rows.append(int(epoch_order(count, (seed * 1_000_003 + epoch) % 2**63)[index]))
         return sorted(rows, key=lambda row: int(self.lengths[row]))
 
 

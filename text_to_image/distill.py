@@ -1,7 +1,7 @@
 """Distils Qwen-Image, FLUX.1 or FLUX.2 to a few network evaluations: the paper's main result.
 
     python -m text_to_image.distill --tiny                   # small stand-ins, under a minute
-    python -m text_to_image.distill --tiny --preset dx-flux  # the same for any preset
+    python -m text_to_image.distill --tiny --preset dx-flux --out outputs/dx_flux     # any preset
     python -m text_to_image.cache_prompts Lakonik/t2i-prompts-3m --family qwen --out data/qwen
     torchrun --nproc-per-node 8 -m text_to_image.distill --preset gm-qwen --prompts data/qwen
     torchrun --nproc-per-node 8 -m text_to_image.distill --prompts data/qwen --shard
@@ -60,7 +60,7 @@ class Settings(TrainSettings):
 
     family: str = setting("qwen", "family of the base model", choices=FAMILIES)
     base: str | None = setting(None, "folder or Hub name of another base pipeline", path=True)
-    tiny: bool = setting(False, "small stand-ins for base and prompts: no download, no GPU")
+    tiny: bool = setting(False, "small stand-ins: no download, no GPU; other defaults")
     prompts: str | None = setting(None, "folder of text_to_image.cache_prompts", path=True)
     data_dependent: bool = setting(False, "start from image latents (Algorithm 2); batch 256")
 
@@ -70,7 +70,7 @@ class Settings(TrainSettings):
     lora_rank: int = setting(256, "rank of the LoRA", low=1)
     lora_dropout: float = setting(0.05, "dropout of the LoRA's inputs", low=0, high=0.99)
 
-    guidance: float | None = setting(None, "teacher's guidance; that of the family", low=0)
+    guidance: float | None = setting(None, "teacher's guidance; default: that of the family", low=0)
     num_intermediates: int = setting(2, "teacher queries per segment and sample", low=1)
     mixing_iterations: int | None = setting(
         None, "iterations over which the teacher ratio falls from 1 to 0", low=1
@@ -148,6 +148,9 @@ class Distillation:
         self.roles = two_roles(s, self.net)
         side = pipe.default_sample_size * pipe.vae_scale_factor  # 1024, --tiny less
         self.shape = latent_shape(pipe, side, side)
+        if s.data_dependent and (given := prompts.latents([0]).shape[1:]) != self.shape:
+            given = f"{tuple(given)} in {s.prompts}, the model has {self.shape}"
+            raise ValueError(f"--data-dependent: latents {given}; cache_prompts --size {side}")
         if not s.shard:  # `shard` moves block by block
             self.net.to(device)
         if s.checkpointing:
@@ -184,7 +187,8 @@ class Distillation:
     def evaluate(self, net: nn.Module, iteration: int) -> dict[str, float]:
         """Fixed prompts and noises: student beside teacher. -> endpoint RMSE in latents."""
         s = self.s
-        places = [i % len(self.prompts) for i in range(PICTURES)]
+        first = len(self.prompts) - self.prompts.held_out
+        places = [(first + i) % len(self.prompts) for i in range(PICTURES)]
         student, teacher = self.student_and_teacher(places)
         if self.pairs is None:
             generator = torch.Generator().manual_seed(s.seed)
@@ -215,6 +219,10 @@ class Distillation:
     def shard(self, net: nn.Module) -> None:
         self.roles.shard()
 
+    def describe(self) -> dict:
+        """What a checkpoint states about its policy and its sampling."""
+        return about(self.s)
+
 
 def two_roles(s: Settings, net: nn.Module) -> TwoRoles:
     """A base transformer with a student's parts in it."""
@@ -230,6 +238,11 @@ def sampling(s: Settings) -> Sampling:
     return Sampling(
         s.family, s.nfe, guidance, SHIFT, FINAL_STEP_SIZE_SCALE, s.total_substeps, "euler"
     )
+
+
+def about(s: Settings) -> dict:
+    """What a checkpoint states, and --export compares with its flags."""
+    return {"policy": s.spec._asdict(), "sampling": sampling(s)._asdict()}
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -276,14 +289,19 @@ def memory_needed(s: Settings, net: nn.Module, world: int) -> float:
     weights = 2 * frozen + trained * (20 if s.optimizer == "adamw" else 14)
     if s.shard:
         weights = weights / world + 2 * 2 * frozen / layers
-    return loading.memory_needed(
-        weights, FAMILIES[s.family], 1024**2, s.micro_batch, layers, s.checkpointing
+    family = FAMILIES[s.family]
+    copies = 1 if family.embeds_guidance else 2
+    inference = copies * max(s.micro_batch, PICTURES if s.eval_every else 0)  # rows of the teacher
+    training = s.micro_batch, layers, s.checkpointing
+    return max(
+        loading.memory_needed(weights, family, 1024**2, *options)
+        for options in (training, (inference,))
     )
 
 
 def tiny_prompts(s: Settings, place: Place) -> str:
     """A folder with a few cached prompts, written by the first process."""
-    source, folder = join(s.out, "prompts.txt"), join(s.out, "prompts")
+    source, folder = join(s.out, "prompts.txt"), join(s.out, f"prompts_{s.family}")
     if place.rank == 0:
         write_text(source, "\n".join(TINY_PROMPTS) + "\n")
         cached = cache_prompts.Settings(source, folder, s.family, tiny=True)
@@ -301,7 +319,7 @@ def export_checkpoint(s: Settings) -> str:
         net = loading.empty_components(family, s.base)["transformer"]
     with torch.device("meta"):
         roles = two_roles(s, net)
-    write_adapter(folder, adapter_of(roles, read_trained(s.export, roles), sampling(s)))
+    write_adapter(folder, adapter_of(roles, read_trained(s.export, roles, about(s)), sampling(s)))
     return folder
 
 

@@ -16,6 +16,7 @@ if not __package__:
     raise SystemExit("start it in the repository's root: python -m text_to_image.evaluate")
 
 import dataclasses
+import hashlib
 import json
 import unittest.mock
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from common.files import read_json, write_json, writing
 from common.frechet import gaussian_distance, inception_features, load_inception, moments
 from common.images import list_images, read_image, square
 from common.train import Place, processes
+from text_to_image.adapters import WEIGHTS
 from text_to_image.families import naming, require_package
 from text_to_image.generate import LoadSettings, draw, load_from
 from text_to_image.prompts import KNOWN, read_source
@@ -50,7 +52,7 @@ class Settings(LoadSettings):
     prompts: str = setting("clothes", f"{KNOWN}, a dataset, clothes, coco-10k or hpsv2", path=True)
     column: str = setting("prompt", "field of the prompts in a JSONL file or dataset")
     split: str = setting("train", "split of a dataset on the Hub")
-    limit: int | None = setting(None, "number of prompts to use", low=2)
+    limit: int | None = setting(None, "number of prompts to use; default: all", low=2)
     out: Path = setting(Path("outputs/t2i_evaluation"), "folder for pictures and metrics")
     clip: str | None = setting(None, "CLIP score by this model: a folder or Hub name", path=True)
     hps: bool = setting(False, "HPSv2.1, by the package hpsv2")
@@ -177,6 +179,9 @@ def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
     measured = {"clip", "hps", "reference", "out", "batch", "device"}
     drawn = {k: v for k, v in dataclasses.asdict(s).items() if k not in measured}
     drawn |= {"prompts": prompts, "seeds": [s.seed + i for i in range(len(prompts))]}
+    local = [Path(s.adapter or "", name) for name in ("config.json", WEIGHTS)]
+    found = [path.read_bytes() for path in local if path.is_file()]
+    drawn["content"] = [hashlib.sha256(content).hexdigest()[:16] for content in found]
     drawn = json.loads(json.dumps(drawn))  # tuples become lists
     before = read_json(s.out / "drawn.json")
     if before not in ({}, drawn):

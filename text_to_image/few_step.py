@@ -125,7 +125,7 @@ class FewStep:
                 model's (1024; --tiny less).
             seed: picture i starts from noise that depends on seed + i alone, so it is the same in
                 every batch, and on every device up to rounding.
-            batch: pictures per network evaluation.
+            batch: prompts per call of the text encoder, pictures per network evaluation.
             references: PIL images, or paths, to edit (FLUX.2 only).
             output: "pil", or "latent" to leave out the VAE.
             latents: noise of all pictures in place of the seeds': (B, C, H, W), or packed as the
@@ -145,7 +145,8 @@ class FewStep:
             latents = self._unpack(latents, shape)
             shape = latents.shape[1:]
         if prompt_embeds is None:
-            conditions = self._encode([prompts] if isinstance(prompts, str) else prompts or [])
+            texts = [prompts] if isinstance(prompts, str) else prompts or []
+            conditions = self._encode(texts, batch)
         else:
             conditions = dm.Conditions(prompt_embeds, prompt_embeds_mask, pooled_prompt_embeds)
             conditions = conditions.to(self.device, self.pipe.transformer.dtype)
@@ -194,11 +195,14 @@ class FewStep:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Any]:
         """Latents (B, C, H, W) -> PIL images. Raises: ValueError if they are not finite."""
-        pixels = self.family.decode(self.pipe, latents.to(self.device))
-        check_finite("VAE", pixels)
-        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+        images = []
+        for latent in latents.to(self.device).split(1):
+            pixels = self.family.decode(self.pipe, latent)
+            check_finite("VAE", pixels)
+            images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
+        return images
 
-    def _encode(self, prompts: Sequence[str]) -> dm.Conditions:
+    def _encode(self, prompts: Sequence[str], batch: int) -> dm.Conditions:
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise ValueError("prompts: at least one is needed, and none may be empty")
         for number, end in enumerate(cut_off(self.pipe, self.family, prompts), 1):
@@ -206,7 +210,9 @@ class FewStep:
                 end = textwrap.shorten(end, 80, placeholder=" ...")
                 read = f"the text encoder reads {MAX_TOKENS} tokens"
                 warnings.warn(f"prompt {number}: {read}; cut off is {end!r}", stacklevel=4)
-        conditions = self.family.encode_prompts(self.pipe, prompts)
+        batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+        parts = [self.family.encode_prompts(self.pipe, part) for part in batches]
+        conditions = dm.Conditions.stack(parts)
         check_finite("text encoder", conditions.embeds)
         return conditions
 

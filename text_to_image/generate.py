@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -160,6 +161,9 @@ def load(
 # ---- Command line --------------------------------------------------------------------------------
 
 
+OWN = "default: the model's"
+
+
 @dataclass(frozen=True)
 class LoadSettings:
     """The flags that say what draws. Without a value: as published, or as trained."""
@@ -173,17 +177,19 @@ class LoadSettings:
     offload: str = setting("none", loading.OFFLOAD_HELP, choices=loading.OFFLOADS)
     device: str = setting("auto", DEVICE_HELP)
     tiny: bool = setting(False, "offline: a small model; --base and --quantize have no effect")
-    height: int | None = setting(None, "a multiple of 16", low=16, high=8192)
-    width: int | None = setting(None, "a multiple of 16", low=16, high=8192)
+    height: int | None = setting(None, f"a multiple of 16; {OWN}", low=16, high=8192)
+    width: int | None = setting(None, f"a multiple of 16; {OWN}", low=16, high=8192)
     batch: int = setting(1, "pictures per network evaluation", low=1, high=1000)
     seed: int = setting(0, "picture i starts from the noise of seed + i", low=0, high=MAX_SEED)
-    nfe: int | None = setting(None, "network evaluations", low=1, high=1000)
-    guidance: float | None = setting(None, "embedded guidance", low=0)
+    nfe: int | None = setting(None, f"network evaluations; {OWN}", low=1, high=1000)
+    guidance: float | None = setting(None, f"embedded guidance; {OWN}", low=0)
     temperature: float | None = setting(None, "GM temperature, without effect above 1", above=0)
     h: float = setting(0.0, "stochasticity of the sampler, up to inf", low=0, high=math.inf)
-    shift: float | None = setting(None, "shift of the sampler's times", above=0)
-    total_substeps: int | None = setting(None, "substeps of the rollout per unit of tau", low=1)
-    solver: str | None = setting(None, "solver of the policy rollout", choices=("euler", "deis"))
+    shift: float | None = setting(None, f"shift of the sampler's times; {OWN}", above=0)
+    total_substeps: int | None = setting(None, f"substeps per unit of tau; {OWN}", low=1)
+    solver: str | None = setting(
+        None, f"solver of the policy rollout; {OWN}", choices=("euler", "deis")
+    )
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ def draw(
 
 def write(result: Result, out: Path, about: dict[str, Any]) -> Path:
     """Writes pictures, and a JSON file about them, beside those of earlier runs -> that file."""
-    runs = [int(path.name[:4]) for path in out.glob("[0-9][0-9][0-9][0-9]*")]
+    runs = [int(re.match(r"\d+", path.name)[0]) for path in out.glob("[0-9][0-9][0-9][0-9]*")]
     run = max(runs, default=-1) + 1
     for image, seed in zip(result.images, result.seeds, strict=True):
         with writing(out / f"{run:04d}_seed{seed}.png") as path:

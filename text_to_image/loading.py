@@ -59,6 +59,8 @@ def empty_components(family: Family, base: str | None = None) -> dict[str, nn.Mo
                 modules[name] = cls(config)
             if name in modules:
                 modules[name].stored = stored  # None, or how the weights are quantised
+        if "transformer" not in modules:
+            raise ValueError("its model_index.json names no transformer")
     return modules
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import reading
 from text_to_image.families import Family, naming, require_package
 
 KNOWN = ".txt (a prompt per line) and .jsonl (an object per line)"
@@ -28,16 +29,16 @@ def read_source(
     if images and path.suffix.lower() != ".jsonl":
         raise ValueError(f"--images {images}: only a .jsonl file names images, not {source}")
     if path.suffix.lower() in (".txt", ".jsonl"):
-        rows = _read_file(path, column, images)
+        rows = _read_file(source, column, images)
     elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise ValueError(f"{source}: not a known kind of prompt file; known are {KNOWN}")
     else:
         require_package("datasets", "a dataset on the Hub")
         import datasets
 
-        with naming(f"dataset {source}"):
+        with naming(f"dataset {source}, column {column}"):
             texts = datasets.load_dataset(source, split=split)[column]
-        rows = [(text or "", None) for text in texts]
+            rows = [((text or "").strip(), None) for text in texts]
     kept = [(text.strip(), image) for text, image in rows if text.strip()]
     if not kept:
         raise ValueError(f"{source}: there is no prompt in it")
@@ -46,9 +47,10 @@ def read_source(
     return kept
 
 
-def _read_file(path: Path, column: str, images: str | None) -> list[Row]:
-    with naming(str(path)):
-        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+def _read_file(source: str | Path, column: str, images: str | None) -> list[Row]:
+    path = Path(source)
+    with naming(str(source)), reading(source) as local:
+        lines = local.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     if path.suffix.lower() == ".txt":
         return [(line, None) for line in lines]
     rows = []

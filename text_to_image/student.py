@@ -219,7 +219,7 @@ def adapter_key(name: str, spec: PolicySpec) -> str:
     return name.replace("proj_out.student.", head)
 
 
-def read_trained(path: str, roles: TwoRoles) -> dict[str, Tensor]:
+def read_trained(path: str, roles: TwoRoles, about: dict) -> dict[str, Tensor]:
     """What is trained, by the names of `roles.trained()`, from a checkpoint: the moving average.
 
     path: checkpoints/step_*.pt of a run, or a public .pth, which holds student and average under
@@ -227,6 +227,10 @@ def read_trained(path: str, roles: TwoRoles) -> dict[str, Tensor]:
     Raises: ValueError that names what is missing or does not belong to this student.
     """
     state, trained = read_checkpoint(path), roles.trained()
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not the dict of a checkpoint")
+    if state.get("export", about) != about:
+        raise ValueError(f"{path} is of a run with {state['export']}, the flags say {about}")
     found = state.get("ema")
     if found is None:
         state = state.get("state_dict", state)

@@ -225,7 +225,8 @@ def write_latents(folder) -> np.ndarray:
     for number, part in enumerate((slice(0, 5), slice(5, 12))):
         np.save(folder / f"latents_{number:05d}.npy", moments[part])
         np.save(folder / f"labels_{number:05d}.npy", np.arange(12)[part] % 10)
-    (folder / "settings.json").write_text(json.dumps({"vae": PIXELS, "scale": 1.0, "classes": 10}))
+    about = {"vae": PIXELS, "scale": 1.0, "classes": 10, "images": 6}  # and mirrored
+    (folder / "settings.json").write_text(json.dumps(about))
     return moments
 
 

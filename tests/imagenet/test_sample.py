@@ -271,6 +271,7 @@ def test_every_file_of_a_run_is_sampled_alike(files, tmp_path):
         settings = json.loads((tmp_path / str(i) / "metrics.json").read_text())["settings"]
         stated = (settings["nfe"], settings["solver"], settings["total_substeps"])
         assert stated == (2, "exact", 24)
+        assert (settings["guidance"], settings["teacher"]) == (1.5, files["teacher"])
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 

@@ -14,7 +14,8 @@ def test_smoke_on_a_cpu(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     smoke.main(["--device", "cpu", "--preset", "gm-repa-2nfe"])
     text = capsys.readouterr().out
-    first = "1 x cpu: network tiny, gmflow 16, nfe 1, micro-batch 16, compiled: False"
+    first = "no GPU: the tiny network in place of XL/2\n"
+    first += "1 x cpu: network tiny, gmflow 16, nfe 1, micro-batch 16, compiled: False"
     assert text.startswith(first)
     values = {line[:13].strip(): line[13:].split() for line in text.splitlines()}
     assert values["peak memory"][0] == "0.0"  # a CPU's is not measured

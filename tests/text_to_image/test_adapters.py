@@ -315,6 +315,14 @@ def test_the_strength_of_a_style_lora_is_also_that_of_its_text_encoder_part(tens
     close(layer(x) - layer.base_layer(x), 0.3 * x @ DOWN.T @ UP[:24].T, 1e-4)
 
 
+def test_a_style_may_have_more_than_two_halves(tmp_path):
+    """A DoRA has a vector of magnitudes beside them, which diffusers reads."""
+    magnitude = {f"transformer.{LAYER}.lora_magnitude_vector": torch.ones(24)}
+    save_file(lora(f"transformer.{LAYER}") | magnitude, tmp_path / "dora.safetensors")
+    styled = load_random("gm-flux", loras=[(str(tmp_path / "dora.safetensors"), 1.0)])
+    assert "style0" in styled.pipe.transformer.get_submodule(LAYER).lora_magnitude_vector
+
+
 def test_two_styles_change_the_picture_as_changed_weights_do(tmp_path):
     for i, layer in enumerate((LAYER, "transformer_blocks.1.attn.to_k")):
         save_file(lora(f"transformer.{layer}"), tmp_path / f"{i}.safetensors")

@@ -99,7 +99,7 @@ def test_another_encoder_or_source_is_refused(settings, pipes, tmp_path):
         cache_prompts.cache(replace(settings, max_length=300), ONE, pipes["qwen"])
     with pytest.raises(ValueError, match="has family qwen, needed is flux"):
         PromptCache(settings.out, dm.FAMILIES["flux"], "tiny")
-    with pytest.raises(ValueError, match="has base tiny, needed is Qwen/Qwen-Image"):
+    with pytest.raises(ValueError, match="has base tiny, needed is Qwen-Image"):
         PromptCache(settings.out, QWEN, "Qwen/Qwen-Image")
     second = replace(settings, out=str(tmp_path / "second"))
     cache_prompts.cache(second, ONE, other)

@@ -449,17 +449,20 @@ def test_data_dependent(tmp_path):
 
     Image.new("RGB", (40, 32), (200, 30, 90)).save(tmp_path / "a.png")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a bag", "file": "a.png"}\n' * 2)
-    cache_prompts.main([
-        str(tmp_path / "prompts.jsonl"), "--family", "flux", "--tiny", "--images", "file",
-        "--size", "32", "--max-length", "16", "--device", "cpu", "--out", str(tmp_path / "cache"),
-    ])  # fmt: skip
+    flags = ["--family", "flux", "--tiny", "--images", "file", "--device", "cpu"]
+    for size, out in (("64", "cache"), ("32", "small")):
+        out = ["--size", size, "--out", str(tmp_path / out)]
+        cache_prompts.main([str(tmp_path / "prompts.jsonl"), *flags, *out])
     settings = small("dx-flux", out=str(tmp_path), prompts=str(tmp_path / "cache"))
     task = distill.prepare(replace(settings, data_dependent=True), PLACE)
     ((weight, out),) = task.losses(task.net, 0, range(2))
-    assert weight == 1.0 and 0 < out.loss < 10 and out.u_policy.shape == (2 * 4, 4, 4, 4)
+    assert weight == 1.0 and 0 < out.loss < 10 and out.u_policy.shape == (2 * 4, 4, 8, 8)
     argv = [*FAST, "--preset", "dx-flux", "--iterations", "2", "--prompts", str(tmp_path / "cache")]
     distill.main([*argv, "--data-dependent", "--out", str(tmp_path / "run")])
     assert all(0 < loss < 10 for loss in losses_of(tmp_path / "run"))
+    small_latents = replace(settings, data_dependent=True, prompts=str(tmp_path / "small"))
+    with pytest.raises(ValueError, match=r"latents \(4, 4, 4\) in .*; cache_prompts --size 64"):
+        distill.prepare(small_latents, PLACE)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +509,8 @@ def test_an_adapter_is_written_from_a_checkpoint(tmp_path):
                   str(tmp_path / "ours")])  # fmt: skip
     exported = tmp_path / "ours" / "adapter" / wanted.name
     assert exported.read_bytes() == wanted.read_bytes()
+    with pytest.raises(ValueError, match="is of a run with .*'nfe': 4.* the flags say .*'nfe': 2"):
+        distill.main(["--tiny", "--export", str(newest), "--total-substeps", "16", "--nfe", "2"])
 
     spec, public = small("gm-qwen").spec, {}
     for part, prefix in (("net", "diffusion."), ("ema", "diffusion_ema.")):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from common.train import Place  # noqa: E402
 from text_to_image.evaluate import CLOTHES, Settings, evaluate, main, read_set  # noqa: E402
 from text_to_image.families import FAMILIES  # noqa: E402
 from text_to_image.generate import load  # noqa: E402
+from text_to_image.tiny import ADAPTERS  # noqa: E402
 
 ONE = Place(0, 1, torch.device("cpu"))
 FOLDER = Path(evaluation.__file__).parent
@@ -92,6 +94,17 @@ def test_the_same_command_continues_and_another_is_refused(settings, monkeypatch
     for other in ({"seed": 5}, {"limit": 4}, {"nfe": 2}):
         with pytest.raises(ValueError, match=f"pictures of other .*{[*other][0]}"):
             evaluate(replace(few, **other), ONE)
+
+
+def test_an_adapter_that_was_trained_on_is_another_one(settings, tmp_path):
+    copy = tmp_path / "adapter"
+    shutil.copytree(ADAPTERS["gm-qwen"], copy)
+    own = replace(settings, limit=2, adapter=str(copy))
+    evaluate(own, ONE)
+    about = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(about, indent=1))
+    with pytest.raises(ValueError, match="pictures of other content"):
+        evaluate(own, ONE)
 
 
 def test_processes_share_the_pictures(settings, monkeypatch):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ from text_to_image.adapters import (
     read_adapter,
     write_adapter,
 )
-from text_to_image.generate import MODELS, load, main
+from text_to_image.generate import MODELS, load, main, write  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -131,6 +132,26 @@ def test_batches_and_seeds(model):
         difference = np.abs(np.subtract(together.images[i], one.images[0], dtype=float)).max()
         assert difference <= 1
     assert not torch.allclose(together.latents[0], together.latents[1], atol=0.1)
+
+
+def test_batch_limits_text_encoder_and_vae(monkeypatch):
+    generate, seen = tiny("gm-flux"), []
+    for name in ("encode_prompts", "decode"):
+        original = getattr(generate.family, name)
+
+        def watched(pipe, given, *rest, name=name, original=original):
+            seen.append((name, len(given)))
+            return original(pipe, given, *rest)
+
+        monkeypatch.setattr(generate.family, name, watched)
+    generate(["a jay"] * 3, **SIZE, batch=2, total_substeps=8)
+    assert seen == [("encode_prompts", 2), ("encode_prompts", 1), *[("decode", 1)] * 3]
+
+
+def test_ten_thousand_runs_in_one_folder(tmp_path):
+    (tmp_path / "9999.json").touch()
+    names = [write(SimpleNamespace(images=[], seeds=[]), tmp_path, {}).name for _ in range(2)]
+    assert names == ["10000.json", "10001.json"]
 
 
 @pytest.mark.parametrize(

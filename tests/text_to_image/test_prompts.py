@@ -102,7 +102,7 @@ def test_hub_names(monkeypatch):
     assert read_source("owner/set.v2", "caption") == [("a coat", None), ("a bag", None)]
     assert read_source("owner/set", "caption", "test")[0] == ("a coat", None)
     assert calls == [("owner/set.v2", "train", {}), ("owner/set", "test", {})]
-    with pytest.raises(ValueError, match="dataset owner/set: KeyError 'prompt'"):
+    with pytest.raises(ValueError, match="dataset owner/set, column prompt: KeyError 'prompt'"):
         read_source("owner/set")
 
 
