@@ -57,7 +57,7 @@ let training = null; // a run of startTraining
 let revealed = 0; //    when the counters and discs began to unfold
 let dragged = null; //  the noise under the finger: no network is called before it is dropped
 let playing = false;
-let asked = 0; //       queries of the teacher since the policy came
+let queries = 0; //     of the teacher, by hand, since the policy came
 let addressTimer = 0;
 
 function parseState(text) {
@@ -71,9 +71,9 @@ function setState(changes) {
   if (next.solver === "exact" && next.policy !== "dx") next.solver = "euler";
   if (next.policy === "static" || next.policy === "teacher") next.nfe = "1";
   const moved = next.noise !== state.noise;
-  if (moved || (changes.policy && next.policy !== state.policy)) asked = 0;
+  if (moved || (changes.policy && next.policy !== state.policy)) queries = 0;
   if (moved) training = null;
-  if (changes.query) asked += 1;
+  if (changes.query) queries += 1;
   const changed = Object.keys(next).filter((key) => next[key] !== state[key]);
   state = next;
   if (!scene || changed.some((key) => !["t", "tool", "query", "step"].includes(key))) makeScene();
@@ -194,9 +194,9 @@ function showCounters(progress) {
   const seen = state.policy === "teacher" ? 1 : progress;
   element("calls").firstChild.textContent = dragged ? 0 : scene.calls.student;
   const teacherCalls = dragged ? 0 : Math.round(seen * scene.calls.teacher);
-  element("teacher-calls").firstChild.textContent = teacherCalls + (asked ? ` + ${asked}` : "");
+  element("teacher-calls").firstChild.textContent = teacherCalls + (queries ? ` + ${queries}` : "");
   element("teacher-calls").lastChild.textContent =
-    "network calls of the teacher" + (asked ? " + your queries" : "");
+    "network calls of the teacher" + (queries ? " + your queries" : "");
   element("error").firstChild.textContent = dragged ? "-" : scene.error.toFixed(3);
   element("calls").classList.toggle("flash", progress < 0.5 && isStudent());
 }

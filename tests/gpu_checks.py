@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.cli import compiled_policies
+from common.cli import can_compile, compiled_policies
 from common.log import Log, memory_gib
 from common.processes import Place
 from common.train import add_gradients
@@ -271,7 +271,7 @@ def sampling_xl2(device: torch.device, small: bool) -> str:
     noise = values(size, 4, config.latent_size, config.latent_size).to(device)
     labels = torch.arange(size, device=device) % config.num_classes
     for name in ("plain",) if small else ("plain", "compiled"):
-        with compiled_policies(name == "compiled"):
+        with compiled_policies(name == "compiled" and can_compile(device)):
             for _ in range(2):  # the first time compiles
                 began = time.perf_counter()
                 found[name] = sample(dit_student(net, labels), noise, 1).cpu()

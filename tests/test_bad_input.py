@@ -97,6 +97,9 @@ HAND = [
     ("toy_dit_imagenet", ["--class", "10"], "10"),
     ("toy_dit_imagenet", ["--guidance-interval", "0.8", "0.2"], "--guidance-interval"),
     ("toy_qwen", ["--tiny", "--height", "40"], "--height"),
+    ("imagenet.sample", ["tiny", "--out", "s3://bucket/x"], "s3://bucket/x"),
+    ("toy_qwen", ["--tiny", "--prompt", " "], "--prompt"),
+    ("text_to_image.cache_prompts", ["empty.txt", "--size", "40"], "--size 40"),
     ("text_to_image.generate", ["--tiny"], "prompt"),
     ("text_to_image.generate", ["--tiny", "--prompt", ""], "prompt"),
     ("text_to_image.generate", ["--tiny", "--prompt-file", "missing.txt"], "missing.txt"),
@@ -147,7 +150,9 @@ def test_one_line_status_one_nothing_written(row, folder, monkeypatch):
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("module", ["toy_2d", "text_to_image.generate"])
+@pytest.mark.parametrize("module", [
+    "toy_2d", "text_to_image.generate", pytest.param("imagenet.distill", marks=pytest.mark.slow)
+])  # fmt: skip
 def test_as_a_process(module, folder):
     """The same from the shell: exit status and one line."""
     command = [sys.executable, "-m", module, *SCRIPTS[module], "--seed", "many"]

@@ -283,7 +283,7 @@ def test_a_query_shows_the_gap_that_is_the_loss(page):
     plane = page.find_element("id", "plane")
     page.execute_script("setState({ policy: 'static', tool: 'query' })")
     plane.click()
-    assert seen(page, "asked") >= 1
+    assert seen(page, "queries") >= 1
     gap = seen(page, "squaredGap(velocities(Number(state.query)))")
     assert gap > 0
     wait_for(page, f"document.getElementById('says').textContent.includes('{gap:.4f}')")

@@ -115,3 +115,8 @@ def test_a_local_folder_may_have_any_name(tmp_path):
     assert files.list_files(folder, "step_") == ["step_1.pt"]
     files.remove(folder / "step_1.pt")
     assert files.list_files(folder) == []
+
+
+def test_an_empty_folder_is_the_current_one():
+    """`--out "$OUT"` with an unset variable does not write to the root of the file system."""
+    assert files.join("", "config.json") == "./config.json"

@@ -179,9 +179,9 @@ def evaluate(settings: Settings, here: Place) -> dict[str, Any]:
     measured = {"clip", "hps", "reference", "out", "batch", "device"}
     drawn = {k: v for k, v in dataclasses.asdict(s).items() if k not in measured}
     drawn |= {"prompts": prompts, "seeds": [s.seed + i for i in range(len(prompts))]}
-    local = [Path(s.adapter or "", name) for name in ("config.json", WEIGHTS)]
-    found = [path.read_bytes() for path in local if path.is_file()]
-    drawn["content"] = [hashlib.sha256(content).hexdigest()[:16] for content in found]
+    local = [Path(s.adapter, name) for name in ("config.json", WEIGHTS) if s.adapter]
+    content = [path.read_bytes() for path in local if path.is_file()]
+    drawn["adapter_content"] = [hashlib.sha256(data).hexdigest()[:16] for data in content]
     drawn = json.loads(json.dumps(drawn))  # tuples become lists
     before = read_json(s.out / "drawn.json")
     if before not in ({}, drawn):

@@ -442,6 +442,8 @@ def test_export_of_a_run_is_the_published_layout(tmp_path, capsys):
     net = random_net(head="dx", components=5, norm2_eps=1e-5, **rollout_config())
     save_dit(net, tmp_path / "run" / "student.safetensors")
     checkpoints.main([str(tmp_path / "run"), str(tmp_path / "out.safetensors")])
+    with pytest.raises(ValueError, match="out.safetensors exists; name a new file"):
+        checkpoints.main([str(tmp_path / "run"), str(tmp_path / "out.safetensors")])
     ours, theirs = (
         load_file(tmp_path / "out.safetensors"),
         load_file(DATA / "dx_student.safetensors"),

@@ -165,6 +165,11 @@ def test_reference_layouts(tmp_path, monkeypatch):
         metrics.open_reference(tmp_path, CPU)
 
 
+def test_precision_of_three_images_is_refused():
+    with pytest.raises(ValueError, match="more than 3 images on both sides"):
+        metrics.precision(torch.randn(10, 8), torch.randn(3, 8))
+
+
 @pytest.mark.parametrize(
     "content, named",
     [
@@ -172,6 +177,7 @@ def test_reference_layouts(tmp_path, monkeypatch):
         ({"arr_0": np.zeros((9, 3, 8, 8), np.uint8)}, r"holds .*uint8', \(9, 3, 8, 8\)"),
         ({"arr_0": np.zeros((9, 8, 8, 1), np.uint8)}, r"holds .*uint8', \(9, 8, 8, 1\)"),
         ({"mu": np.zeros(768), "sigma": np.eye(768)}, r"\(768,\).* it needs .* mu \(2048,\)"),
+        ({"mu": np.zeros(2048), "sigma": np.eye(3)}, r"\(3, 3\).* sigma \(2048, 2048\)"),
         ({"mu": np.zeros(2048)}, "it needs arr_0"),
         ({"x": np.zeros(2)}, "holds {}; it needs arr_0"),
         ({"arr_0": np.array([{}], dtype=object)}, "no readable .npz"),

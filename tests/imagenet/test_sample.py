@@ -211,6 +211,9 @@ def test_compile_reaches_the_policy(files, tmp_path, monkeypatch):
     assert not found
     sample(files["student"], tmp_path / "compiled", "--compile")
     assert found == [torch.sin, GMFlowPolicy.velocity, DXPolicy.velocity]
+    monkeypatch.setattr(sampling, "can_compile", lambda device: False)
+    sample(files["student"], tmp_path / "no compiler", "--compile")
+    assert len(found) == 3
 
 
 def test_dx_student_of_a_run_keeps_its_segments(files, tmp_path):

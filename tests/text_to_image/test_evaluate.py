@@ -103,7 +103,7 @@ def test_an_adapter_that_was_trained_on_is_another_one(settings, tmp_path):
     evaluate(own, ONE)
     about = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(about, indent=1))
-    with pytest.raises(ValueError, match="pictures of other content"):
+    with pytest.raises(ValueError, match="pictures of other adapter_content"):
         evaluate(own, ONE)
 
 
